@@ -1,0 +1,509 @@
+"""python evolve.py: train a small GPT, evolve the network that manages its cache, and report.
+
+Read in this order:
+  1. Config       every setting, with its help; presets
+  2. CMAES        the evolution strategy, after Hansen's tutorial (arXiv 1604.00772), whose equation numbers it gives
+  3. evaluate     prompts through the cache, the questions afterwards, and the scores
+  4. evolve       the loop: candidates, prompts, fitness, stages, validation
+  5. report       every method on every task, at lengths never used before
+  6. main
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import platform
+import sys
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import namm
+from model import GPT, GPTConfig, read, train
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Config
+
+def setting(default, help):
+    """A field of Config with its help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """Every setting; `python evolve.py --help` prints this list."""
+    out: str = setting("", "folder of the run; runs/PRESET if not given")
+    base: str = setting("", "folder of a finished run whose tokeniser and GPT to use instead of training")
+    seed: int = setting(0, "of everything: GPT, prompts, candidates")
+    device: str = setting("", "cpu or cuda; if not given, cuda where there is one")
+    # text
+    corpus: str = setting("", "a file, or a folder of .txt .md .rst .py; if not given, Python's own text")
+    tokenizer: str = setting("learned", "learned from the text, or a name that tiktoken knows, such as gpt2")
+    vocab_size: int = setting(2048, "tokens of a learned tokeniser")
+    # GPT
+    n_layer: int = setting(3, "layers")
+    n_head: int = setting(4, "query heads")
+    n_kv_head: int = setting(2, "key/value heads; each has a cache of its own")
+    n_embd: int = setting(64, "width of the model")
+    n_hidden: int = setting(176, "width inside SwiGLU")
+    rope_theta: float = setting(500_000.0, "base of the rotary angles")
+    rope_scale: float = setting(1.0, "NTK scaling of the rotary angles")
+    # training it
+    length: int = setting(256, "training length, in tokens")
+    steps: int = setting(1600, "training steps")
+    batch_tokens: int = setting(4096, "tokens in a training step")
+    lr: float = setting(4e-3, "peak learning rate")
+    recall: float = setting(0.4, "share of places where the target is a word to remember, not the next token")
+    # the cache
+    delay: int = setting(64, "tokens between two evictions, a multiple of 16")
+    positions: str = setting("renumbered", "of cached keys: renumbered inside the cache, or original (the paper)")
+    # evolution
+    generations: int = setting(45, "generations, in three equal stages")
+    popsize: int = setting(16, "candidates in a generation")
+    sigma: float = setting(0.2, "first step size")
+    covariance: str = setting("diagonal", "diagonal or full")
+    prompts: int = setting(3, "fresh prompts for each task in a generation, the same for all candidates")
+    evolve_at: tuple = setting((2, 4), "lengths to evolve at, in training lengths, drawn for each task and generation")
+    validate: int = setting(5, "generations between two validations of the mean")
+    choose_prompts: int = setting(8, "prompts for each task in a validation")
+    # report
+    report_prompts: int = setting(48, "prompts for each task and length in the report")
+    report_at: tuple = setting((1, 2, 4), "lengths to report at, in training lengths")
+    rows: int = setting(256, "most rows (candidates x prompts) read at once")
+
+
+PRESETS = {
+    "cpu": {},
+    "smoke": dict(length=64, steps=20, batch_tokens=1024, n_layer=2, n_embd=32, n_hidden=64, delay=16, generations=3,
+                  popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2),
+    "gpu": dict(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=4, n_embd=512, n_hidden=1408, length=2048, steps=3000,
+                batch_tokens=131_072, lr=1e-3, delay=256, generations=100, popsize=32, prompts=8, choose_prompts=32,
+                report_prompts=64, rows=512),
+}
+
+
+def numbers(text):
+    """ "1,2,4" -> (1, 2, 4)."""
+    return tuple(int(number) for number in text.split(","))
+
+
+def parse(argv=None):
+    """Config from the command line. Raises ValueError, with a line for the user, for what cannot be."""
+    parser = argparse.ArgumentParser(description="Train a small GPT, evolve the manager of its cache, report.",
+                                     usage="python evolve.py [--preset cpu|gpu|smoke] [--out DIR] [--OPTION VALUE ...]",
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.add_argument("--preset", choices=PRESETS, help="smoke takes a minute; if not given, gpu where there is one")
+    for f in dataclasses.fields(Config):
+        shown = ",".join(map(str, f.default)) if f.type is tuple else f.default
+        parser.add_argument("--" + f.name, type=numbers if f.type is tuple else f.type,
+                            metavar="VALUE", help=f"{f.metadata['help']} [{shown}]")
+    given = vars(parser.parse_args(argv))
+    device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    preset = given.pop("preset", "gpu" if device == "cuda" else "cpu")
+    config = Config(**{"out": f"runs/{preset}", **PRESETS[preset], **given, "device": device})
+    check(config)
+    return config
+
+
+def check(c):
+    """Raise ValueError for settings that cannot be."""
+    for name in ("n_layer n_head n_kv_head n_embd n_hidden length steps batch_tokens lr delay generations sigma prompts "
+                 "validate choose_prompts report_prompts rows evolve_at report_at").split():
+        value = getattr(c, name)
+        if min(value if isinstance(value, tuple) else (value,)) <= 0:
+            raise ValueError(f"--{name} must be above 0")
+    shortest = c.length * min(c.evolve_at)
+    for holds, message in [
+        (c.device in ("cpu", "cuda"), "--device is cpu or cuda"),
+        (c.device == "cpu" or torch.cuda.is_available(), "--device cuda: this PyTorch finds no CUDA device"),
+        (c.positions in ("renumbered", "original"), "--positions is renumbered or original"),
+        (c.covariance in ("diagonal", "full"), "--covariance is diagonal or full"),
+        (c.n_embd % (2 * c.n_head) == 0, "--n_embd must be a multiple of twice --n_head"),
+        (c.n_head % c.n_kv_head == 0, "--n_head must be a multiple of --n_kv_head"),
+        (c.length >= 64 and c.length % 4 == 0, "--length must be a multiple of 4, and 64 or more"),
+        (c.batch_tokens >= c.length, "--batch_tokens must be --length or more"),
+        (c.delay % namm.HOP == 0, f"--delay must be a multiple of {namm.HOP}"),
+        (c.delay <= shortest - data.room(shortest), f"--delay {c.delay}: the context of the prompts to evolve on has "
+         f"{shortest - data.room(shortest)} tokens, so nothing would ever be evicted"),
+        (c.popsize >= 4, "--popsize must be 4 or more"),
+        (0 <= c.recall < 1, "--recall must be 0 or more, and below 1"),
+        (c.vocab_size > 266, "--vocab_size must be above 266: 256 bytes, ten digits, and what is learned"),
+    ]:
+        if not holds:
+            raise ValueError(message)
+
+
+def precision(device):
+    """The one place that decides it: bfloat16 for matrix products on a GPU, float32 on a CPU."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. CMA-ES
+
+class CMAES:
+    """Covariance matrix adaptation evolution strategy, maximising. Names and equation numbers of the tutorial.
+
+    mean (n,), sigma: where to start and how far to step. diagonal: only the variances are adapted (sep-CMA, Ros and
+    Hansen 2008), with rates (n + 2) / 3 times as fast: what n = 4172 needs, where the full matrix hardly moves within
+    a run. Use: candidates = ask(); tell(fitness); again. The best estimate is `mean`. All randomness comes from (seed,
+    generation), so state_dict() restores a run exactly.
+    """
+
+    def __init__(self, mean, sigma, popsize=None, seed=0, diagonal=False):
+        self.mean = torch.as_tensor(mean, dtype=torch.float64).clone()
+        self.sigma, self.seed, self.diagonal, self.generation = float(sigma), seed, diagonal, 0
+        n = len(self.mean)
+        lam = self.popsize = popsize or 4 + int(3 * math.log(n))                                    # (48)
+        mu = lam // 2
+        w = math.log((lam + 1) / 2) - torch.arange(1, lam + 1, dtype=torch.float64).log()           # (49)
+        mu_eff = (w[:mu].sum() ** 2 / w[:mu].square().sum()).item()
+        mu_eff_minus = (w[mu:].sum() ** 2 / w[mu:].square().sum()).item()
+        # how fast the step size and the covariance follow
+        self.c_sigma = (mu_eff + 2) / (n + mu_eff + 5)                                              # (55)
+        self.d_sigma = 1 + 2 * max(0, math.sqrt((mu_eff - 1) / (n + 1)) - 1) + self.c_sigma         # (55)
+        self.c_c = (4 + mu_eff / n) / (n + 4 + 2 * mu_eff / n)                                      # (56)
+        faster = (n + 2) / 3 if diagonal else 1
+        self.c_1 = faster * 2 / ((n + 1.3) ** 2 + mu_eff)                                           # (57)
+        self.c_mu = min(1 - self.c_1,
+                        faster * 2 * (0.25 + mu_eff + 1 / mu_eff - 2) / ((n + 2) ** 2 + mu_eff))    # (58)
+        # recombination weights: the better half positive, the worse half negative (active CMA)
+        negative = min(1 + self.c_1 / self.c_mu,                                                    # (50)
+                       1 + 2 * mu_eff_minus / (mu_eff + 2),                                         # (51)
+                       (1 - self.c_1 - self.c_mu) / (n * self.c_mu))                                # (52)
+        self.weights = torch.where(w >= 0, w / w[w > 0].sum(), negative * w / -w[w < 0].sum())      # (53)
+        self.mu, self.mu_eff = mu, mu_eff
+        self.chi_n = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n * n))                            # E|N(0, I)|
+        # an eigendecomposition costs n^3 and C changes slowly: renew it only when C has moved
+        self.lazy_gap = max(1, int(0.5 / (n * (self.c_1 + self.c_mu))))
+        self.p_sigma, self.p_c = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
+        shape = (n,) if diagonal else (n, n)
+        self.C = torch.ones(shape, dtype=torch.float64) if diagonal else torch.eye(n, dtype=torch.float64)
+        self.B, self.D = None, torch.ones(n, dtype=torch.float64)          # C = B D^2 B^T; B None: the identity
+
+    def ask(self):
+        """(popsize, n) candidates, x = mean + sigma B D z."""
+        rng = np.random.default_rng([self.seed, self.generation])
+        self.z = torch.from_numpy(rng.standard_normal((self.popsize, len(self.mean))))              # (38)
+        y = self.z * self.D
+        self.y = y if self.B is None else y @ self.B.T                                              # (39)
+        return self.mean + self.sigma * self.y                                                      # (40)
+
+    def tell(self, fitness):
+        """Fitness of the candidates of the last ask(), higher is better; NaN counts as worst."""
+        n, w = len(self.mean), self.weights
+        fitness = torch.as_tensor(fitness, dtype=torch.float64).nan_to_num(nan=-math.inf)
+        order = fitness.argsort(descending=True, stable=True)
+        y, z = self.y[order], self.z[order]
+        # the mean moves to the weighted best
+        y_w, z_w = w[:self.mu] @ y[:self.mu], w[:self.mu] @ z[:self.mu]                             # (41)
+        self.mean = self.mean + self.sigma * y_w                                                    # (42), c_m = 1
+        # step size: longer when successive steps agree. C^(-1/2) y_w = B z_w
+        self.p_sigma = ((1 - self.c_sigma) * self.p_sigma + math.sqrt(self.c_sigma * (2 - self.c_sigma) * self.mu_eff)
+                        * (z_w if self.B is None else self.B @ z_w))                                # (43)
+        norm = self.p_sigma.norm().item()
+        self.sigma *= math.exp(self.c_sigma / self.d_sigma * (norm / self.chi_n - 1))               # (44)
+        # covariance: one rank from the path of the mean, popsize - 1 from this generation
+        stalled = norm / math.sqrt(1 - (1 - self.c_sigma) ** (2 * (self.generation + 1))) >= (
+            1.4 + 2 / (n + 1)) * self.chi_n
+        h_sigma = 0.0 if stalled else 1.0
+        self.p_c = ((1 - self.c_c) * self.p_c
+                    + h_sigma * math.sqrt(self.c_c * (2 - self.c_c) * self.mu_eff) * y_w)           # (45)
+        w = torch.where(w >= 0, w, w * n / z.square().sum(1))                                       # (46)
+        lost = self.c_1 * (1 - h_sigma) * self.c_c * (2 - self.c_c)
+        decay = 1 + lost - self.c_1 - self.c_mu * self.weights.sum().item()
+        rows = torch.cat([self.p_c[None], y])                                                       # (1 + popsize, n)
+        gain = torch.cat([torch.tensor([self.c_1], dtype=torch.float64), self.c_mu * w])            # (1 + popsize,)
+        if self.diagonal:
+            self.C = decay * self.C + gain @ rows.square()                                          # (47)
+        else:
+            self.C.addmm_((gain[:, None] * rows).T, rows, beta=decay)                               # (47)
+        self.generation += 1
+        if self.diagonal:
+            self.D = self.C.sqrt()
+        elif self.generation % self.lazy_gap == 0:
+            self.C = (self.C + self.C.T) / 2
+            variance, self.B = torch.linalg.eigh(self.C)
+            self.D = variance.clamp(min=1e-20).sqrt()
+
+    def state_dict(self):
+        """All that changes, as tensors and numbers."""
+        return {name: getattr(self, name) for name in ("mean", "sigma", "generation", "p_sigma", "p_c", "C", "B", "D")}
+
+    def load_state_dict(self, state):
+        """Go on from state_dict() of a CMAES made with the same arguments."""
+        for name, value in state.items():
+            setattr(self, name, value.clone() if torch.is_tensor(value) else value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Prompts through the cache
+
+@torch.no_grad()
+def evaluate(gpt, batch, config, manage=None, weights=False):
+    """Read the contexts with the cache managed, then ask. Rows B = copies x prompts, if the manager makes copies.
+
+    Returns exact (B,), the share of a prompt's answers whose every token is the arg-max; logprob (B,), natural log,
+    mean over the tokens of an answer, then over answers; and cache (B,), the share of the context's tokens that is in
+    the cache when the question is asked, mean over layers and heads."""
+    n = batch.context
+    with precision(config.device):
+        cache = gpt.new_cache(len(batch.tokens), config.positions == "renumbered")
+        read(gpt, batch.tokens[:, :n], cache, config.delay, manage, weights)
+        kept = torch.stack([layer.kept() for layer in cache]).mean(0)                        # (B,)
+        copies = cache[0].copies
+        tokens, answer = batch.tokens[:, n:].repeat(copies, 1), batch.answer[:, n:].repeat(copies, 1)    # (B,Q)
+        row, at = answer.nonzero(as_tuple=True)                                              # (M,) answer tokens
+        hidden = gpt.hidden(tokens[:, :-1], cache)                                           # (B,Q-1,C)
+        logits = gpt.output(hidden[row, at - 1]).float()                                     # (M,V)
+    target = tokens[row, at]
+    logprob = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
+    wrong = (logits.argmax(-1) != target).float()
+    B, A = len(tokens), int(answer.max()) + 1
+    group = row * A + answer[row, at]                                                        # (M,) which answer
+    total = lambda x: torch.zeros(B * A, device=x.device).index_add(0, group, x).view(B, A)[:, 1:]
+    size = total(torch.ones_like(wrong))                                                     # (B,A) tokens in it
+    asked = (size > 0).float()
+    exact = ((total(wrong) == 0) * asked).sum(1) / asked.sum(1)
+    return exact, (total(logprob) / size.clamp(min=1)).sum(1) / asked.sum(1), kept
+
+
+def score(task, exact, logprob):
+    """A task's score from its prompts, higher is better: the share of answers that are exact; for `lm` 1 / perplexity."""
+    return (logprob.mean().exp() if task == "lm" else exact.mean()).item()
+
+
+def prompts(part, task, count, rng, length, device):
+    """`count` prompts of one task, on the device."""
+    batch = data.batch(part, [task] * count, rng, length)
+    return dataclasses.replace(batch, tokens=batch.tokens.to(device), answer=batch.answer.to(device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Evolution
+
+def feature_statistics(gpt, part, config):
+    """Mean and standard deviation of the spectra over the full cache, (F,) each: the same for all candidates, for ever."""
+    totals, rng = torch.zeros(3, namm.F, dtype=torch.float64, device=config.device), np.random.default_rng([config.seed, 1])
+    for task in data.TASKS:
+        batch = prompts(part, task, 4, rng, config.length * max(config.evolve_at), config.device)
+        evaluate(gpt, batch, config, namm.statistics(totals), weights=True)
+    return namm.mean_std(totals)
+
+
+def fitness(gpt, params, statistics, part, tasks, count, rng, config):
+    """(P,) fitness of params (P,4172), and the share of the cache kept. For each task, on the same `count` prompts for
+    all candidates: mean likelihood of an answer's token, divided by the full cache's. Then the mean over tasks. The
+    likelihood, exp(mean log-probability), has no ties; a ratio of 1 is the full cache."""
+    total, kept = torch.zeros(len(params)), 0.0
+    step = max(1, config.rows // len(params))                              # prompts read at once by all candidates
+    for task in tasks:
+        batch = prompts(part, task, count, rng, config.length * int(rng.choice(config.evolve_at)), config.device)
+        likelihood, full = torch.zeros(len(params)), 0.0
+        for i in range(0, count, step):
+            some = dataclasses.replace(batch, tokens=batch.tokens[i:i + step], answer=batch.answer[i:i + step])
+            full += evaluate(gpt, some, config)[1].exp().sum().item()
+            _, logprob, cache = evaluate(gpt, some, config, namm.namm(params, *statistics), weights=True)
+            likelihood += logprob.exp().view(len(params), -1).sum(1).cpu()
+            kept += cache.mean().item() * len(some.tokens) / count / len(tasks)
+        total += likelihood / full / len(tasks)
+    return total, kept
+
+
+def evolve(gpt, parts, config, log):
+    """Evolve the manager of the cache. Returns its parameters (4172,) and the statistics of the features.
+
+    Fresh prompts each generation, one more task in each of three stages. The mean of the search distribution is what is
+    kept, since a single candidate's fitness is noisy; of the means, the one with the best fitness on the prompts to
+    choose by, which are always the same and never evolved on."""
+    statistics = feature_statistics(gpt, parts["evolve"], config)
+    es = CMAES(torch.zeros(namm.N_PARAMS), config.sigma, config.popsize, config.seed, config.covariance == "diagonal")
+    best, chosen, start = -math.inf, es.mean.float(), time.time()
+    log("generation  tasks  fitness: mean   best | the mean: fitness   cache | cache   sigma  axis ratio  seconds  left")
+    for g in tqdm(range(config.generations), desc="evolve", mininterval=1, dynamic_ncols=True):
+        began, tasks = time.time(), data.EVOLVED[:1 + len(data.EVOLVED) * g // config.generations]
+        candidates = es.ask().float().to(config.device)
+        got, kept = fitness(gpt, candidates, statistics, parts["evolve"], tasks, config.prompts,
+                            np.random.default_rng([config.seed, 2, g]), config)
+        es.tell(got)
+        of_mean = " " * 19
+        if (g + 1) % config.validate == 0 or g + 1 == config.generations:
+            mean = es.mean.float()
+            value, cache = fitness(gpt, mean[None].to(config.device), statistics, parts["choose"], data.EVOLVED,
+                                   config.choose_prompts, np.random.default_rng([config.seed, 3]), config)
+            of_mean = f"{value.item():12.3f} {cache:6.1%} "
+            if value.item() > best:
+                best, chosen, of_mean = value.item(), mean, of_mean[:-1] + "*"
+        left = (time.time() - start) / (g + 1) * (config.generations - g - 1)
+        log(f"{g + 1:6d}/{config.generations:<4d} {len(tasks):5d} {got.mean():14.3f} {got.max():6.3f} | {of_mean}    | "
+            f"{kept:6.1%} {es.sigma:6.3f} {(es.D.max() / es.D.min()).item():11.2f} {time.time() - began:8.1f} {left:4.0f}s")
+    return chosen, statistics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Report
+
+def report(gpt, params, statistics, part, config):
+    """Every method on every task and length: [{method, task, length, score, logprob, relative, cache, seed}].
+
+    All methods answer the same prompts through the same blocks; the baselines keep as many slots as NAMM has on
+    average in that task at that length."""
+    rows, manager = [], namm.namm(params[None].to(config.device), *statistics)
+    methods = ["full", "namm", *namm.BASELINES]
+    bar = tqdm(total=len(config.report_at) * len(data.TASKS) * len(methods), desc="report", mininterval=1, dynamic_ncols=True)
+    for times in config.report_at:
+        for t, task in enumerate(data.TASKS):
+            length = times * config.length
+            batch = prompts(part, task, config.report_prompts, np.random.default_rng([config.seed, 4, times, t]), length,
+                            config.device)
+            budget = full = None
+            for method in methods:
+                if method == "full":
+                    manage, weights = None, False
+                elif method == "namm":
+                    manage, weights = manager, True
+                else:
+                    manage, weights = namm.baseline(method, budget, config.seed), method in namm.ATTENTIVE
+                exact, logprob, cache = evaluate(gpt, batch, config, manage, weights)
+                if method == "namm":
+                    budget = max(1, math.ceil(cache.mean().item() * batch.context))
+                got = score(task, exact, logprob)
+                full = got if method == "full" else full
+                rows.append(dict(method=method, task=task, length=length, score=got, logprob=logprob.mean().item(),
+                                 relative=got / full if full else None, cache=cache.mean().item(), seed=config.seed))
+                bar.update()
+    return rows
+
+
+def table(rows, config):
+    """The rows as Markdown, one table for each length. Relative: ratio of the means over all tasks."""
+    text = []
+    for times in config.report_at:
+        at = [row for row in rows if row["length"] == times * config.length]
+        cell = {(row["method"], row["task"]): row["score"] for row in at}
+        mean = lambda method, tasks: sum(cell[method, task] for task in tasks) / len(tasks)
+        others = [task for task in data.TASKS if task not in data.EVOLVED]
+        text += [f"\n{times * config.length} tokens, {times} x the training length\n",
+                 f"| method | {' | '.join(data.TASKS)} | evolved on | other tasks | all | relative | cache |",
+                 "|---" * (len(data.TASKS) + 6) + "|"]
+        for method in dict.fromkeys(row["method"] for row in at):
+            cache = np.mean([row["cache"] for row in at if row["method"] == method])
+            everything = mean(method, data.TASKS)
+            text.append(f"| {method} | " + " | ".join(f"{cell[method, task]:.2f}" for task in data.TASKS)
+                        + f" | {mean(method, data.EVOLVED):.3f} | {mean(method, others):.3f} | {everything:.3f} | "
+                        f"{everything / mean('full', data.TASKS):.2f} | {cache:.2f} |")
+    return "\n".join(text) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Main
+
+def save(path, write):
+    """Call write(temporary path), then move the file to `path`: it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def prepare(config):
+    """(folder, parts, sizes of the GPT, its checkpoint or None). Nothing is written before all that can be refused has
+    been looked at: raises ValueError, with a line for the user."""
+    texts = data.split(data.documents(config.corpus or None))
+    out, source = pathlib.Path(config.out), pathlib.Path(config.base or config.out)
+    encoding = data.tokenizer(config.tokenizer, config.vocab_size, source / "tokenizer.tiktoken", texts["train"])
+    parts = data.make_parts(texts, encoding, config.length * max(*config.evolve_at, *config.report_at))
+    names = [f.name for f in dataclasses.fields(GPTConfig)]
+    sizes = {name: value for name, value in vars(config).items() if name in names} | {"vocab_size": encoding.n_vocab}
+    checkpoint, path = None, source / "gpt.pt"
+    if config.base and not path.exists():
+        raise ValueError(f"--base {config.base}: the folder has no gpt.pt")
+    if path.exists():
+        checkpoint = torch.load(path, map_location=config.device, weights_only=True)
+        differs = {k: v for k, v in (trained_by(config) | sizes).items() if checkpoint["made_by"].get(k) != v}
+        if differs and not config.base:
+            raise ValueError(f"{path} was made with other settings than " + ", ".join(f"{k} {v}" for k, v in differs.items())
+                             + "; give another --out, or delete it")
+    out.mkdir(parents=True, exist_ok=True)
+    if config.tokenizer == "learned":
+        save(out / "tokenizer.tiktoken", lambda temporary: data.save_ranks(encoding, temporary))
+    return out, parts, sizes, checkpoint
+
+
+def trained_by(config):
+    """The settings, beside the sizes, that make a GPT what it is."""
+    return {name: getattr(config, name) for name in "length steps batch_tokens lr recall seed corpus tokenizer".split()}
+
+
+def base_model(out, part, sizes, checkpoint, config, log):
+    """The GPT of the checkpoint, or a new one, trained on the part and saved."""
+    if checkpoint:
+        gpt = GPT(GPTConfig(**checkpoint["config"])).to(config.device)
+        gpt.load_state_dict(checkpoint["model"])
+        log("GPT: that of an earlier run")
+        return gpt.eval()
+    torch.manual_seed(config.seed)
+    gpt = GPT(GPTConfig(**sizes)).to(config.device)
+
+    def sample(step):                                                      # short prompts first, long ones later
+        length = max(64, config.length // (4 if step < 0.25 * config.steps else 2 if step < 0.55 * config.steps else 1))
+        batch, target = data.training_batch(part, np.random.default_rng([config.seed, 0, step]),
+                                            config.batch_tokens // length, length, config.recall)
+        return dataclasses.replace(batch, tokens=batch.tokens.to(config.device), answer=batch.answer.to(config.device)), \
+            target.to(config.device)
+
+    start = time.time()
+    train(gpt, sample, config.steps, config.lr, precision(config.device))
+    log(f"GPT of {sum(p.numel() for p in gpt.parameters()):,} parameters, {config.steps * config.batch_tokens:,} tokens, "
+        f"{time.time() - start:.0f} s")
+    save(out / "gpt.pt", lambda temporary: torch.save({"config": dataclasses.asdict(gpt.config), "model": gpt.state_dict(),
+                                                       "made_by": trained_by(config) | sizes}, temporary))
+    return gpt.eval()
+
+
+def run(config, out, parts, sizes, checkpoint):
+    """Train, evolve, report; the files of the run go to the folder `out`."""
+    start = time.time()
+
+    def log(line):
+        tqdm.write(line)
+        with open(out / "log.txt", "a") as file:
+            file.write(line + "\n")
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                "device": torch.cuda.get_device_name() if config.device == "cuda" else f"{platform.machine()} CPU, "
+                f"{torch.get_num_threads()} threads"}
+    log(f"{json.dumps(dataclasses.asdict(config))}\n{json.dumps(versions)}")
+    for name, part in parts.items():
+        log(f"{name:8s}{len(part.tokens):10,} tokens of text, {len(part.words):5,} words for keys")
+    gpt = base_model(out, parts["train"], sizes, checkpoint, config, log)
+    params, statistics = evolve(gpt, parts, config, log)
+    mean, std = (x.cpu() for x in statistics)
+    save(out / "namm.pt", lambda path: torch.save({"params": params, "mean": mean, "std": std}, path))
+    rows = report(gpt, params, statistics, parts["report"], config)
+    result = {"config": dataclasses.asdict(config), "versions": versions, "seconds": time.time() - start, "rows": rows}
+    save(out / "results.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+    log(table(rows, config))
+    log(f"{out / 'results.json'} holds all of it; {time.time() - start:.0f} s")
+
+
+def main():
+    """The whole run; what the user can mend ends in one line and exit code 2, before any work is done."""
+    try:
+        config = parse()
+        prepared = prepare(config)
+    except (ValueError, OSError) as error:
+        print(f"evolve.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    run(config, *prepared)
+
+
+if __name__ == "__main__":
+    main()

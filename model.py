@@ -1,0 +1,347 @@
+"""A GPT in the form of Llama 3, with a key/value cache that anyone can print and cut.
+
+Read in this order:
+  1. GPTConfig      the sizes
+  2. KVCache        what one layer remembers of the tokens it read, and how slots are appended and evicted
+  3. attend         attention over the cache: written out where the weights are wanted, fused elsewhere
+  4. GPT            rotary positions, grouped-query attention, SwiGLU, RMSNorm; parameters named as in Meta's own files
+  5. train          AdamW with a curriculum in context length
+  6. read, generate the prompt in blocks through the cache, which a manager may cut after each block; then answers
+
+Letters: B rows, H query heads, K key/value heads, g = H / K query heads for each of them, T new tokens, S slots now in
+one layer's cache (survivors and the T new ones), D width of a head, C width of the model, V vocabulary.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Sizes
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 2048
+    n_layer: int = 3
+    n_head: int = 4
+    n_kv_head: int = 2
+    n_embd: int = 64
+    n_hidden: int = 176              # width inside SwiGLU
+    rope_theta: float = 500_000.0    # base of the rotary angles
+    rope_scale: float = 1.0          # NTK scaling: stretches the slow angles by this factor, leaves the fast ones
+    norm_eps: float = 1e-5
+    tied: bool = True                # the output layer is the embedding
+    smear: bool = True               # keys and queries mix in those just before: lets a tiny GPT retrieve; off in Llama
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The cache
+
+class KVCache:
+    """What one layer remembers: for each row and KV head, S slots, oldest first.
+
+    keys (B,K,S,D), before rotation    values (B,K,S,D)    positions (B,K,S), in the text    alive (B,K,S) bool
+    state {name: (B,K,S,...)}: whatever a manager wants to keep for each slot; it travels with the slot, and is zero for
+    a new one. Heads and rows may keep different numbers of slots: all are right-aligned, and what is missing on the
+    left is dead padding, which no query sees. `renumber`: keys are rotated to their place in the cache (the survivors
+    close ranks) instead of their place in the text.
+    """
+
+    def __init__(self, keys, renumber=False):
+        """An empty cache like `keys` (B,K,0,D)."""
+        B, K, _, _ = keys.shape
+        self.keys, self.values, self.renumber = keys, keys, renumber
+        self.positions = torch.zeros(B, K, 0, dtype=torch.long, device=keys.device)
+        self.alive = torch.zeros(B, K, 0, dtype=torch.bool, device=keys.device)
+        self.last = None                                                   # inputs of the newest tokens, to smear
+        self.pending = []                                                  # attention since the manager last ran
+        self.state, self.seen, self.copies, self.ragged = {}, 0, 1, False  # ragged: some slot is dead
+
+    def append(self, keys, values):
+        """Add T new slots, keys and values (B,K,T,D), on the right."""
+        B, K, T, _ = keys.shape
+        positions = torch.arange(self.seen, self.seen + T, device=keys.device).expand(B, K, T)
+        self.keys = torch.cat([self.keys, keys], dim=2)
+        self.values = torch.cat([self.values, values], dim=2)
+        self.positions = torch.cat([self.positions, positions], dim=2)
+        self.alive = F.pad(self.alive, (0, T), value=True)
+        self.state = {name: torch.cat([x, x.new_zeros(B, K, T, *x.shape[3:])], dim=2) for name, x in self.state.items()}
+        self.seen += T
+
+    def with_last(self, x, n):
+        """x (B,T,C) preceded by the n inputs before it (zeros at the start); remembers the last n: (B,n+T,C)."""
+        x = F.pad(x, (0, 0, n, 0)) if self.last is None else torch.cat([self.last, x], dim=1)
+        self.last = x[:, -n:]
+        return x
+
+    def evict(self, keep):
+        """Forget every slot outside `keep` (B,K,S) bool. Memory shrinks to the largest number of survivors; a head or
+        row that keeps fewer is padded with dead slots on the left."""
+        keep = keep & self.alive
+        count = keep.sum(-1)                                               # (B,K)
+        S = int(count.max())
+        order = (keep * torch.arange(1, keep.shape[-1] + 1, device=keep.device)).sort(-1).values[..., -S:] - 1
+        index = order.clamp(min=0)                                         # (B,K,S) survivors in order, on the right
+        self.keys, self.values = self._take(self.keys, index), self._take(self.values, index)
+        self.positions = self._take(self.positions, index)
+        self.state = {name: self._take(x, index) for name, x in self.state.items()}
+        self.alive = order >= 0
+        self.ragged = int(count.min()) < S
+
+    @staticmethod
+    def _take(x, index):
+        """Slots `index` (B,K,S) of x (B,K,S',...)."""
+        index = index.reshape(*index.shape, *[1] * (x.dim() - 3)).expand(*index.shape, *x.shape[3:])
+        return x.gather(2, index)
+
+    def repeat(self, times):
+        """Stack `times` copies of all rows, one below the other."""
+        copies = lambda x: x if x is None else x.repeat(times, *[1] * (x.dim() - 1))
+        for name in ("keys", "values", "positions", "alive", "last"):
+            setattr(self, name, copies(getattr(self, name)))
+        self.state = {name: copies(x) for name, x in self.state.items()}
+        self.copies *= times
+
+    def kept(self):
+        """Share of the tokens read that is alive, mean over heads, (B,)."""
+        return self.alive.sum(-1).float().mean(-1) / max(1, self.seen)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Attention over the cache
+
+def attend(q, k, v, alive=None, weights=False):
+    """Causal attention of the T newest tokens over S slots.
+
+    q (B,K,g,T,D), k and v (B,K,S,D), alive (B,K,S) bool or None when no slot is dead. Returns the values seen,
+    (B,K,g,T,D), and, if `weights`, what each slot received: softmax weights, mean over the group, (B,K,T,S).
+    """
+    B, K, g, T, D = q.shape
+    S = k.shape[2]
+    q = q.reshape(B, K, g * T, D)                                          # a group's queries share keys: one matmul
+    if not weights:
+        if S == T and alive is None:
+            out = F.scaled_dot_product_attention(q.view(B, K * g, T, D), k, v, is_causal=True, enable_gqa=g > 1)
+        else:
+            seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+            seen = seen if alive is None else seen & alive[:, :, None]     # (T,S) or (B,K,T,S)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=torch.cat([seen] * g, dim=-2))
+        return out.view(B, K, g, T, D), None
+    scores = (q * D ** -0.5) @ k.transpose(-1, -2)                         # (B,K,gT,S)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    scores.view(B, K, g, T, S)[..., S - T:].masked_fill_(future, -math.inf)
+    if alive is not None:
+        scores.masked_fill_(~alive[:, :, None], -math.inf)
+    scores = scores.softmax(-1)
+    return (scores.to(v.dtype) @ v).view(B, K, g, T, D), scores.view(B, K, g, T, S).mean(2)
+
+
+def rotate(x, angles):
+    """Rotary positions: turn each pair of x (...,D) by its angle, (cos, sin) each (...,D/2). Pairs are neighbours."""
+    cos, sin = angles
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The GPT
+
+class Attention(nn.Module):
+    """Grouped-query attention over a cache."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.n_embd // config.n_head
+        self.n_head, self.n_kv_head, self.D = config.n_head, config.n_kv_head, D
+        self.wq = nn.Linear(config.n_embd, config.n_head * D, bias=False)
+        self.wk = nn.Linear(config.n_embd, config.n_kv_head * D, bias=False)
+        self.wv = nn.Linear(config.n_embd, config.n_kv_head * D, bias=False)
+        self.wo = nn.Linear(config.n_head * D, config.n_embd, bias=False)
+        if config.smear:                                                   # taps[j] of a head weighs what is j back
+            self.k_taps = nn.Parameter(torch.eye(2, 4)[torch.arange(self.n_kv_head) % 2])      # itself or the last one
+            self.q_taps = nn.Parameter(torch.eye(1, 4).repeat(self.n_kv_head, 1))              # itself
+        self.smear = config.smear
+
+    def forward(self, x, table, cache=None, weights=False):
+        """x (B,T,C), table: (cos, sin) of all positions. Appends to the cache; returns (B,T,C) and attend's weights."""
+        B, T, _ = x.shape
+        K, g, D = self.n_kv_head, self.n_head // self.n_kv_head, self.D
+        v = self.wv(x).view(B, T, K, D).transpose(1, 2)                    # (B,K,T,D)
+        if self.smear:                                                     # x of the three tokens before these, first
+            x = F.pad(x, (0, 0, 3, 0)) if cache is None else cache.with_last(x, 3)
+        q = self.wq(x).view(B, -1, K, g, D).permute(0, 2, 3, 1, 4)         # (B,K,g,T,D), or (B,K,g,3+T,D)
+        k = self.wk(x).view(B, -1, K, D).transpose(1, 2)                   # (B,K,T,D), or (B,K,3+T,D)
+        if self.smear:
+            q = sum(self.q_taps[:, j].view(K, 1, 1, 1) * q[..., 3 - j:3 - j + T, :] for j in range(4))
+            k = sum(self.k_taps[:, j].view(K, 1, 1) * k[..., 3 - j:3 - j + T, :] for j in range(4))
+        alive, at = None, torch.arange(T, device=x.device)
+        if cache is not None:
+            cache.append(k, v)
+            k, v, alive = cache.keys, cache.values, cache.alive if cache.ragged else None
+            at = torch.arange(k.shape[2], device=x.device) if cache.renumber else cache.positions
+        q_at = at[..., -T:] if at.dim() == 1 else at[:, :, None, -T:]      # the T newest slots are the queries
+        k = rotate(k, (table[0][at], table[1][at]))
+        q = rotate(q, (table[0][q_at], table[1][q_at]))
+        out, received = attend(q, k, v, alive, weights)
+        return self.wo(out.permute(0, 3, 1, 2, 4).reshape(B, T, -1)), received
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.w1 = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.w2 = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+        self.w3 = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+
+    def forward(self, x):
+        """(B,T,C) -> (B,T,C)."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """One layer: attention, then SwiGLU, each on the normalised stream and added to it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention, self.feed_forward = Attention(config), FeedForward(config)
+        self.attention_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+
+
+class GPT(nn.Module):
+    """Tokens in, logits of the next token out."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.output = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        for name, p in self.named_parameters():
+            if name.endswith(("wo.weight", "w2.weight")):
+                nn.init.zeros_(p)                                          # every layer starts as the identity
+            elif p.dim() == 2 and "taps" not in name:
+                nn.init.normal_(p, std=config.n_embd ** -0.5)
+        for layer in self.layers:                                          # queries start equal to keys: a token looks
+            wq, wk = layer.attention.wq.weight, layer.attention.wk.weight  # for its like from the first step on
+            wq.data = wk.data.view(config.n_kv_head, 1, -1, config.n_embd).expand(
+                -1, config.n_head // config.n_kv_head, -1, -1).reshape(wq.shape).clone()
+        if config.tied:
+            self.output.weight = self.tok_embeddings.weight
+
+    def new_cache(self, rows, renumber=False):
+        """An empty cache for `rows` rows: a list with a KVCache for each layer."""
+        c, weight = self.config, self.tok_embeddings.weight
+        return [KVCache(weight.new_zeros(rows, c.n_kv_head, 0, c.n_embd // c.n_head), renumber) for _ in self.layers]
+
+    def rotary_table(self, n):
+        """(cos, sin) of the angles at positions 0..n-1, each (n, D/2)."""
+        c = self.config
+        D = c.n_embd // c.n_head
+        theta = c.rope_theta * c.rope_scale ** (D / (D - 2))
+        device = self.tok_embeddings.weight.device
+        speed = theta ** (-torch.arange(0, D, 2, device=device) / D)       # (D/2,) radians a token
+        angles = torch.arange(n, device=device)[:, None] * speed
+        return angles.cos(), angles.sin()
+
+    def hidden(self, tokens, cache=None, manage=None, weights=False):
+        """tokens (B,T) -> (B,T,C), what the output layer reads. With a cache the tokens follow those it has seen. Right
+        after each layer's attention, manage(layer, its KVCache, received) may evict; `received` (B,K,T,S) is the
+        attention that each slot got, or None unless `weights`."""
+        x = self.tok_embeddings(tokens)
+        table = self.rotary_table(tokens.shape[1] + (cache[0].seen if cache else 0))
+        for i, layer in enumerate(self.layers):
+            own = cache[i] if cache else None
+            out, received = layer.attention(layer.attention_norm(x), table, own, weights)
+            if manage:
+                manage(i, own, received)
+            x = x + out
+            x = x + layer.feed_forward(layer.ffn_norm(x))
+        return self.norm(x)
+
+    def forward(self, tokens, cache=None, manage=None, weights=False):
+        """As `hidden`, but logits (B,T,V)."""
+        return self.output(self.hidden(tokens, cache, manage, weights))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Training
+
+def answer_loss(gpt, batch, target):
+    """Mean cross-entropy of the answers, every prompt weighing the same, and of all other targets (N,L-1); and the share
+    of each prompt's answer tokens that are right, (N,)."""
+    answer = (batch.answer[:, 1:] > 0).float()                             # (N,L-1)
+    logits = gpt(batch.tokens[:, :-1])                                     # (N,L-1,V)
+    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(answer)
+    share = answer / answer.sum(1, keepdim=True)
+    right = ((logits.argmax(-1) == target) * share).sum(1)
+    return (loss * share).sum(1).mean(), (loss * (1 - answer)).sum() / (1 - answer).sum(), right
+
+
+def train(gpt, sample, steps, lr, precision):
+    """Train by AdamW: a short warm-up, then a straight decay to 5 %. sample(step) gives the step's prompts (tokens (N,L),
+    answer (N,L), tasks [name] * N) and targets (N,L-1). The loss is that of the answers plus half that of the rest."""
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    accuracy, bar = {}, tqdm(range(steps), desc="train GPT", mininterval=1, dynamic_ncols=True)
+    for step in bar:
+        batch, target = sample(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / steps)
+        with precision:
+            answers, text, right = answer_loss(gpt, batch, target)
+        (answers + 0.5 * text).backward()
+        nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 10 == 0:                                                 # the only place that waits for the device
+            for task, share in zip(batch.tasks, right.tolist()):
+                accuracy[task] = 0.9 * accuracy.get(task, share) + 0.1 * share
+            bar.set_postfix_str(f"length {batch.tokens.shape[1]} loss {answers.item():.2f} text {text.item():.2f} right "
+                                + " ".join(f"{task} {share:.2f}" for task, share in sorted(accuracy.items())))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Reading a prompt in blocks, and writing on
+
+@torch.no_grad()
+def read(gpt, tokens, cache, delay, manage=None, weights=False):
+    """Read tokens (B,T) into the cache, in blocks that end where the tokens seen are a multiple of `delay`. After each
+    whole block manage(layer, cache, received) may evict, with what all the block's tokens attended to, in however many
+    calls they came. If it stacks copies of the rows, all copies read on. Returns the last block's hidden states."""
+    def after_block(layer, cache, received):
+        cache.pending.append(received)
+        if cache.seen % delay == 0:
+            pieces, cache.pending = cache.pending, []
+            if weights and len(pieces) > 1:                                # inside a block the cache only grows
+                S = received.shape[-1]
+                received = torch.cat([F.pad(piece, (0, S - piece.shape[-1])) for piece in pieces], dim=2)
+            manage(layer, cache, received)
+
+    start = 0
+    while start < tokens.shape[1]:
+        stop = start + delay - cache[0].seen % delay
+        block = tokens[:, start:stop].repeat(cache[0].copies, 1)
+        out = gpt.hidden(block, cache, manage and after_block, weights)
+        start = stop
+    return out
+
+
+@torch.no_grad()
+def generate(gpt, tokens, count, delay, manage=None, weights=False, renumber=False):
+    """Greedy continuation of tokens (B,T) by `count` tokens, (B,count). The cache is managed while the prompt is read
+    and while the answer is written, each time the tokens seen reach a multiple of `delay`."""
+    cache, written = gpt.new_cache(len(tokens), renumber), []
+    for _ in range(count):
+        hidden = read(gpt, tokens, cache, delay, manage, weights)
+        tokens = gpt.output(hidden[:, -1:]).argmax(-1)                     # (B,1) the only new token of the next round
+        written.append(tokens)
+    return torch.cat(written, dim=1)

@@ -1,0 +1,229 @@
+"""Neural Attention Memory Models: a tiny evolved network that decides which cached tokens live.
+
+After Cetin, Sun, Zhao, Tang: An Evolved Universal Transformer Memory, ICLR 2025 (arXiv 2410.13166). In the paper's order:
+
+  1. spectrogram      attention that each cached token received, over time  ->  its short-time Fourier magnitudes
+  2. moving_average   ... averaged over time, what is recent counting most  ->  one spectrum a token
+  3. features         ... normalised, with the token's age beside it        ->  25 numbers a token
+  4. bam_scores       backward attention memory: each token is judged beside all newer ones  ->  one score a token
+  5. keep_mask        a token whose score is below zero leaves that head's cache
+  6. namm             the five together, as a manager of a cache
+  7. BASELINES        hand-made rules behind the same interface
+
+This file knows nothing of the GPT: it sees attention tensors, and a cache (keys, positions, alive, state, evict).
+Letters: P candidates (parameter vectors), B rows = P x prompts, candidate-major (all prompts of the first candidate,
+then all of the second), K key/value heads, T new tokens since the last run, S slots in the cache, F frequency bins.
+"""
+
+import torch
+from torch.nn.functional import avg_pool1d, scaled_dot_product_attention
+
+N_FFT, HOP = 32, 16                # samples in a window, and from one window to the next
+F = N_FFT // 2 + 1                 # 17 frequency bins
+GAMMA = 0.99 ** HOP                # the moving average forgets this much a frame
+N_AGE = 8                          # features of a token's age
+N_IN = N_AGE + F                   # 25 features a token
+WIDTH = 32                         # of the backward attention
+SHAPES = {"Wqkv": (N_IN, 3 * WIDTH), "bqkv": (3 * WIDTH,), "Wo": (WIDTH, 2 * N_IN), "bo": (2 * N_IN,),
+          "w": (N_IN, 1), "b": (1,)}                                      # the flat vector, in this order, row-major
+N_PARAMS = sum(torch.Size(shape).numel() for shape in SHAPES.values())    # 4172
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Attention -> spectrogram (section 3.1)
+
+def spectrogram(attention, tail):
+    """Short-time Fourier magnitudes of the attention that each slot received.
+
+    attention (B,K,T,S): for each of T queries, what each slot received; T a multiple of HOP. tail (B,K,S,16): the last
+    HOP values of the block before, zero for a new slot. Returns magnitudes (B,K,S,frames,F) with frames = T / HOP, and
+    the new tail. Where a text is cut into blocks does not change a frame. As torch.stft does with a periodic Hann
+    window of 32, hop 16, not centred, over tail and block together; a frame's window is the HOP samples before the
+    frame and the HOP in it, so each half of the window goes through its half of the Fourier matrix.
+    """
+    B, K, T, S = attention.shape
+    n = torch.arange(N_FFT, device=attention.device)
+    turn = torch.outer(torch.arange(F, device=n.device), n) * (2 * torch.pi / N_FFT)             # (F,32)
+    fourier = torch.cat([turn.cos(), turn.sin()]) * torch.hann_window(N_FFT, device=n.device)    # (2F,32)
+    samples = attention.float().reshape(B, K, T // HOP, HOP, S)
+    waves = fourier[:, HOP:] @ samples                                                           # (B,K,frames,2F,S)
+    waves[:, :, 0] += fourier[:, :HOP] @ tail.float().transpose(-1, -2)
+    waves[:, :, 1:] += fourier[:, :HOP] @ samples[:, :, :-1]
+    magnitudes = (waves[..., :F, :].square() + waves[..., F:, :].square()).sqrt()                # (B,K,frames,F,S)
+    return magnitudes.permute(0, 1, 4, 2, 3), samples[:, :, -1].transpose(-1, -2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Spectrogram -> one spectrum a token (section 3.1)
+
+def moving_average(magnitudes, old):
+    """E = gamma^frames * old + sum over frames t of (1 - gamma) * gamma^(frames - 1 - t) * magnitude t.
+
+    magnitudes (B,K,S,frames,F), old (B,K,S,F), zero for a new slot -> (B,K,S,F). No correction of the start's bias."""
+    frames = magnitudes.shape[3]
+    decay = GAMMA ** torch.arange(frames - 1, -1, -1, device=old.device)   # (frames,)
+    return GAMMA ** frames * old + torch.einsum("bkstf,t->bksf", magnitudes, (1 - GAMMA) * decay)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Spectrum and age -> features
+
+def features(average, age, mean, std):
+    """[sin and cos of the age at four speeds, normalised spectrum]: average (B,K,S,F), age (B,K,S) in tokens (newest
+    token 0), mean and std (F,), collected once over the full cache -> (B,K,S,25)."""
+    speed = 50_000.0 ** (-torch.arange(N_AGE // 2, device=age.device) / (N_AGE // 2))
+    angle = age[..., None] * speed                                         # (B,K,S,4)
+    return torch.cat([angle.sin(), angle.cos(), (average - mean) / std.clamp(min=1e-7)], dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Features -> scores: backward attention memory (section 3.2)
+
+def unpack(params):
+    """params (P, N_PARAMS) -> {name: (P, *shape)}, views, in the order of SHAPES."""
+    pieces = params.split([torch.Size(shape).numel() for shape in SHAPES.values()], dim=1)
+    return {name: piece.unflatten(1, shape) for (name, shape), piece in zip(SHAPES.items(), pieces)}
+
+
+def bam_scores(features, params):
+    """Scores: below zero, the token goes.
+
+    features (B,K,S,25), params (P,4172), B = P x prompts, candidate-major; slots oldest first, dead ones on the left
+    -> (B,K,S). One head of attention in which a token sees itself and newer tokens only (is it redundant, given what
+    came after?): with the slots flipped, newest first, that is the ordinary causal mask, and dead slots, now last, are
+    seen by no live one. Its output is a residual and a multiplier for the features: h = x (1 + m) + r, score = h.w + b.
+    """
+    B, K, S, _ = features.shape
+    p = unpack(params)
+    x = features.reshape(len(params), -1, N_IN)                            # (P, prompts K S, 25)
+    qkv = torch.baddbmm(p["bqkv"][:, None], x, p["Wqkv"])
+    q, k, v = qkv.view(B, K, S, 3 * WIDTH).flip(2).split(WIDTH, dim=-1)    # (B,K,S,32) each, newest first
+    o = scaled_dot_product_attention(q, k, v, is_causal=True).flip(2).reshape(len(params), -1, WIDTH)
+    r, m = torch.baddbmm(p["bo"][:, None], o, p["Wo"]).chunk(2, dim=-1)    # (P, prompts K S, 25) each
+    return torch.baddbmm(p["b"][:, None], x * (1 + m) + r, p["w"]).view(B, K, S)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Scores -> who stays
+
+def keep_mask(scores, threshold=0.0):
+    """Keep what scores `threshold` or more, and the newest token always: (B,K,S) -> (B,K,S) bool. With parameters that
+    are all zero every score is 0 and everything stays: evolution starts from the full cache."""
+    keep = scores >= threshold
+    keep[..., -1] = True
+    return keep
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The manager
+
+def spectra(cache, attention):
+    """Steps 1 and 2 for one layer: what each slot received in this block, added to what the cache remembers of it."""
+    B, K, T, S = attention.shape
+    attention = attention.float()
+    if "spectrum" not in cache.state:
+        cache.state = {"tail": attention.new_zeros(B, K, S, HOP), "spectrum": attention.new_zeros(B, K, S, F)}
+    magnitudes, cache.state["tail"] = spectrogram(attention, cache.state["tail"])
+    cache.state["spectrum"] = moving_average(magnitudes, cache.state["spectrum"])
+    return cache.state["spectrum"]
+
+
+def namm(params, mean, std, threshold=0.0):
+    """A manager for GPT.hidden: called after each layer's attention, it evicts.
+
+    params (P,4172), mean and std (F,). Until the first eviction all candidates share one computation: the cache comes
+    with one row a prompt, and leaves with P."""
+    def manage(layer, cache, attention):
+        with torch.autocast(attention.device.type, enabled=False):         # float32 here, whatever the GPT computes in
+            x = features(spectra(cache, attention), cache.seen - 1 - cache.positions, mean, std)
+            if cache.copies < len(params):
+                cache.repeat(len(params))
+                x = x.repeat(len(params), 1, 1, 1)
+            cache.evict(keep_mask(bam_scores(x, params), threshold))
+    return manage
+
+
+def statistics(totals):
+    """A manager that evicts nothing and adds up count, sum and sum of squares of the spectra, in `totals` (3,F) float64,
+    over rows, heads, slots, layers and runs. See `mean_std`."""
+    def manage(layer, cache, attention):
+        with torch.autocast(attention.device.type, enabled=False):
+            x = spectra(cache, attention).double().flatten(0, 2)           # (B K S, F)
+        totals.add_(torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]))
+    return manage
+
+
+def mean_std(totals):
+    """Mean and (biased) standard deviation of each bin from the totals of `statistics`, (F,) each."""
+    count, total, squares = totals
+    mean = total / count
+    return mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Baselines: f(cache, attention, budget, generator) -> scores (B,K,S), higher stays. All heads keep `budget` slots.
+
+def random(cache, attention, budget, generator):
+    """Any slots, drawn anew at each eviction."""
+    return torch.rand(cache.alive.shape, generator=generator).to(cache.keys.device)
+
+
+def recent(cache, attention, budget, generator):
+    """The newest slots."""
+    return cache.positions.float()
+
+
+def streaming(cache, attention, budget, generator):
+    """StreamingLLM (Xiao et al. 2024): the first four tokens of the text, and the newest."""
+    return cache.positions.float().masked_fill(cache.positions < 4, torch.inf)
+
+
+def h2o(cache, attention, budget, generator):
+    """Heavy hitters (Zhang et al. 2023): the newest half of the budget, and of the rest those that received most
+    attention, summed over every query so far."""
+    received = cache.state.get("received", torch.zeros_like(cache.positions, dtype=torch.float))
+    cache.state["received"] = received + attention.float().sum(2)
+    return newest(cache.state["received"].clone(), budget // 2)
+
+
+def l2(cache, attention, budget, generator):
+    """Small keys (Devoto et al. 2024): the slots whose keys have the smallest L2 norm."""
+    return -cache.keys.float().norm(dim=-1)
+
+
+def tova(cache, attention, budget, generator):
+    """TOVA (Oren et al. 2024): what the newest query attends to, mean over heads, the same for all heads of a layer."""
+    return attention[:, :, -1].float().mean(1, keepdim=True).expand(cache.alive.shape).clone()
+
+
+def snapkv(cache, attention, budget, generator):
+    """SnapKV (Li et al. 2024): a window of the newest slots, and what its queries attend to, smoothed over five
+    neighbours in the cache. The window is 32 queries, at most half a block and half the budget."""
+    window = max(1, min(32, attention.shape[2] // 2, budget // 2))
+    votes = attention[:, :, -window:].float().mean(2)                      # (B,K,S)
+    return newest(avg_pool1d(votes, 5, stride=1, padding=2, count_include_pad=False), window)
+
+
+def newest(scores, count):
+    """The `count` newest slots stay whatever they score."""
+    scores[..., scores.shape[-1] - count:] = torch.inf
+    return scores
+
+
+BASELINES = {f.__name__: f for f in (random, recent, streaming, h2o, l2, tova, snapkv)}
+ATTENTIVE = {"h2o", "tova", "snapkv"}                                      # those that look at the attention
+
+
+def keep_best(scores, budget):
+    """The newest slot and the best others, `budget` in all, or all when there are fewer; among equals the newer one:
+    (B,K,S) -> (B,K,S) bool."""
+    order = newest(scores, 1).argsort(dim=-1, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., -budget:], True)
+
+
+def baseline(name, budget, seed=0):
+    """A manager that keeps `budget` slots in every row, layer and head, by the rule `name` of BASELINES."""
+    generator = torch.Generator().manual_seed(seed)
+    def manage(layer, cache, attention):
+        cache.evict(keep_best(BASELINES[name](cache, attention, budget, generator), budget))
+    return manage
