@@ -299,22 +299,27 @@ def feature_statistics(gpt, part, config):
     return namm.mean_std(totals)
 
 
-def fitness(gpt, params, statistics, part, tasks, count, rng, config):
-    """(P,) fitness of params (P,4172), and the share of the cache kept. For each task, on the same `count` prompts for
-    all candidates: mean likelihood of an answer's token, divided by the full cache's. Then the mean over tasks. The
-    likelihood, exp(mean log-probability), has no ties; a ratio of 1 is the full cache."""
+def yardstick(gpt, part, config):
+    """{task: mean likelihood of an answer's token, full cache, training length}: what the GPT can do at its best."""
+    rng = np.random.default_rng([config.seed, 5])
+    return {task: evaluate(gpt, prompts(part, task, 16, rng, config.length, config.device), config)[1].exp().mean().item()
+            for task in data.EVOLVED}
+
+
+def fitness(gpt, params, statistics, best, part, tasks, count, rng, config):
+    """(P,) fitness of params (P,4172), and the share of the cache kept, mean over all. For each task, on the same `count`
+    prompts for all candidates: mean likelihood of an answer's token, exp of its mean log-probability, divided by `best`,
+    the full cache's at the training length; then the mean over tasks. The likelihood has no ties, as exact match has; and
+    the paper's divisor, the full cache's score on the same long prompts, is near 0 just where it is to be beaten."""
     total, kept = torch.zeros(len(params)), 0.0
     step = max(1, config.rows // len(params))                              # prompts read at once by all candidates
     for task in tasks:
         batch = prompts(part, task, count, rng, config.length * int(rng.choice(config.evolve_at)), config.device)
-        likelihood, full = torch.zeros(len(params)), 0.0
         for i in range(0, count, step):
             some = dataclasses.replace(batch, tokens=batch.tokens[i:i + step], answer=batch.answer[i:i + step])
-            full += evaluate(gpt, some, config)[1].exp().sum().item()
             _, logprob, cache = evaluate(gpt, some, config, namm.namm(params, *statistics), weights=True)
-            likelihood += logprob.exp().view(len(params), -1).sum(1).cpu()
-            kept += cache.mean().item() * len(some.tokens) / count / len(tasks)
-        total += likelihood / full / len(tasks)
+            total += logprob.exp().view(len(params), -1).sum(1).cpu() / (best[task] * count * len(tasks))
+            kept += cache.sum().item() / (len(params) * count * len(tasks))
     return total, kept
 
 
@@ -323,28 +328,30 @@ def evolve(gpt, parts, config, log):
 
     Fresh prompts each generation, one more task in each of three stages. The mean of the search distribution is what is
     kept, since a single candidate's fitness is noisy; of the means, the one with the best fitness on the prompts to
-    choose by, which are always the same and never evolved on."""
-    statistics = feature_statistics(gpt, parts["evolve"], config)
+    choose by, which are always the same and never evolved on. Generation 0, all zeros, is the full cache."""
+    statistics, best = feature_statistics(gpt, parts["evolve"], config), yardstick(gpt, parts["evolve"], config)
     es = CMAES(torch.zeros(namm.N_PARAMS), config.sigma, config.popsize, config.seed, config.covariance == "diagonal")
-    best, chosen, start = -math.inf, es.mean.float(), time.time()
-    log("generation  tasks  fitness: mean   best | the mean: fitness   cache | cache   sigma  axis ratio  seconds  left")
-    for g in tqdm(range(config.generations), desc="evolve", mininterval=1, dynamic_ncols=True):
-        began, tasks = time.time(), data.EVOLVED[:1 + len(data.EVOLVED) * g // config.generations]
-        candidates = es.ask().float().to(config.device)
-        got, kept = fitness(gpt, candidates, statistics, parts["evolve"], tasks, config.prompts,
-                            np.random.default_rng([config.seed, 2, g]), config)
-        es.tell(got)
-        of_mean = " " * 19
-        if (g + 1) % config.validate == 0 or g + 1 == config.generations:
+    highest, chosen, start = -math.inf, None, time.time()
+    log("generation tasks | candidates: fitness   best  cache | mean: fitness  cache | sigma  axis ratio | seconds  left")
+    for g in tqdm(range(config.generations + 1), desc="evolve", mininterval=1, dynamic_ncols=True):
+        began, tasks = time.time(), data.EVOLVED[:1 + len(data.EVOLVED) * (g - 1) // config.generations]
+        of_all, of_mean = " " * 33, " " * 20
+        if g:
+            candidates = es.ask().float().to(config.device)
+            got, kept = fitness(gpt, candidates, statistics, best, parts["evolve"], tasks, config.prompts,
+                                np.random.default_rng([config.seed, 2, g]), config)
+            es.tell(got)
+            of_all = f"{got.mean():19.3f} {got.max():6.3f} {kept:6.1%}"
+        if g % config.validate == 0 or g == config.generations:
             mean = es.mean.float()
-            value, cache = fitness(gpt, mean[None].to(config.device), statistics, parts["choose"], data.EVOLVED,
-                                   config.choose_prompts, np.random.default_rng([config.seed, 3]), config)
-            of_mean = f"{value.item():12.3f} {cache:6.1%} "
-            if value.item() > best:
-                best, chosen, of_mean = value.item(), mean, of_mean[:-1] + "*"
-        left = (time.time() - start) / (g + 1) * (config.generations - g - 1)
-        log(f"{g + 1:6d}/{config.generations:<4d} {len(tasks):5d} {got.mean():14.3f} {got.max():6.3f} | {of_mean}    | "
-            f"{kept:6.1%} {es.sigma:6.3f} {(es.D.max() / es.D.min()).item():11.2f} {time.time() - began:8.1f} {left:4.0f}s")
+            [value], kept = fitness(gpt, mean[None].to(config.device), statistics, best, parts["choose"], data.EVOLVED,
+                                    config.choose_prompts, np.random.default_rng([config.seed, 3]), config)
+            star = "*" if g and value > highest else " "
+            highest, chosen = (value, mean) if star == "*" else (highest, chosen)
+            of_mean = f"{value:12.3f}{star} {kept:6.1%}"
+        left = (time.time() - start) / (g + 1) * (config.generations - g)
+        log(f"{g:5d}/{config.generations:<4d} {len(tasks):5d} | {of_all} | {of_mean} | {es.sigma:5.3f} "
+            f"{(es.D.max() / es.D.min()).item():11.2f} | {time.time() - began:7.1f} {left:4.0f}s")
     return chosen, statistics
 
 

@@ -164,8 +164,8 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.n_embd, config.n_kv_head * D, bias=False)
         self.wo = nn.Linear(config.n_head * D, config.n_embd, bias=False)
         if config.smear:                                                   # taps[j] of a head weighs what is j back
-            self.k_taps = nn.Parameter(torch.eye(2, 4)[torch.arange(self.n_kv_head) % 2])      # itself or the last one
-            self.q_taps = nn.Parameter(torch.eye(1, 4).repeat(self.n_kv_head, 1))              # itself
+            self.k_taps = nn.Parameter(torch.eye(4)[1].repeat(self.n_kv_head, 1))         # at first, the one before
+            self.q_taps = nn.Parameter(torch.eye(4)[0].repeat(self.n_kv_head, 1))         # at first, itself
         self.smear = config.smear
 
     def forward(self, x, table, cache=None, weights=False):
