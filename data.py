@@ -5,7 +5,7 @@ Read in this order:
   2. learn_bpe, tokenizer    byte-pair ranks from the training part, served by tiktoken
   3. Part, make_parts        what one part owns: its token stream and its words
   4. TASKS                   one short function each: a context to read, questions to answer afterwards
-  5. batch, score            prompts as tensors; exact match and likelihood of the answers
+  5. batch, training_batch   prompts as tensors, and what to predict while the GPT is trained
 
 A prompt of length L is a context of L - room(L) tokens, then questions of at most room(L) tokens. The cache is
 compressed while the context is read, before any question is known. Letters: N prompts, L tokens, V vocabulary.
@@ -14,7 +14,6 @@ compressed while the context is read, before any question is known. Letters: N p
 import base64
 import collections
 import hashlib
-import os
 import pathlib
 import pydoc_data.topics
 import re
@@ -29,7 +28,7 @@ import torch
 PATTERN = r" ?[^\W\d_]+| ?\d| ?[^\s\w]+|_+|\s*\n|\s+"
 SUFFIXES = (".txt", ".md", ".rst", ".py")
 SHARES = {"train": 0.64, "evolve": 0.14, "choose": 0.08, "report": 0.14}   # of the documents
-WORDS = {"values": 0.25, "evolve": 0.25, "choose": 0.1, "report": 0.25}                 # of the words; to train: all other tokens
+WORDS = {"values": 0.25, "evolve": 0.25, "choose": 0.10, "report": 0.25}   # of the words; to train: all other tokens
 EVOLVED = ("passage", "multikey", "lm")                                    # evolved on, one more in each stage
 
 
@@ -135,8 +134,8 @@ def tokenizer(name, vocab_size, path, texts):
 
 def save_ranks(encoding, path):
     """Write the ranks as tiktoken does: a token in base64 and its rank, one a line."""
-    tokens = (base64.b64encode(token).decode() for token in encoding.token_byte_values())
-    pathlib.Path(path).write_text("".join(f"{token} {encoding.encode_single_token(base64.b64decode(token))}\n" for token in tokens))
+    rank = encoding.encode_single_token
+    path.write_text("".join(f"{base64.b64encode(t).decode()} {rank(t)}\n" for t in encoding.token_byte_values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,7 +145,7 @@ def save_ranks(encoding, path):
 class Part:
     """What one part owns: no document and no word of it is in another part."""
     tokens: np.ndarray           # (many,) its documents, one after the other
-    words: np.ndarray            # (some,) its words, each one token: the keys of the tasks, and some of the answers
+    words: np.ndarray            # (some,) its words, each one token: the keys of the tasks
     values: np.ndarray           # (some,) words for the answers, one token each, the same in all parts as digits are
     ends_line: np.ndarray        # (V,) bool: this token ends a line
     blank: np.ndarray            # (V,) bool: this token is white space
@@ -167,10 +166,13 @@ class Part:
 
 
 def make_parts(texts, encoding, longest):
-    """{part: Part} from split(texts). Words are those of the vocabulary that are written " word" and are one token; the
-    64 most frequent are left out, since a key should be rare. The training part has, beside its share of them, every
-    token that is no word: a small GPT that sees few different keys learns those keys, and not to look keys up. Raises ValueError when a part is too short to hold one
-    prompt of `longest` tokens, or when there are too few words."""
+    """{part: Part} from split(texts).
+
+    Words are the tokens that read " word"; the 64 most frequent are left out, since a key should be rare. They are dealt
+    to the parts, and some to all as answers. The keys to train on are all other tokens, whatever they read: a small GPT
+    that sees few different keys learns those keys, and not how to look one up. Raises ValueError when a part is too
+    short for prompts of `longest` tokens, or when there are too few words.
+    """
     streams = {name: np.array([token for row in encoding.encode_ordinary_batch([text + "\n" for text in part])
                                for token in row], dtype=np.int32) for name, part in texts.items()}
     for name, stream in streams.items():
@@ -189,7 +191,8 @@ def make_parts(texts, encoding, longest):
     words["train"] = np.array([t for t, b in spelled.items() if t not in dealt and b.strip(b" \n0123456789")])
     ends_line = np.array([spelled.get(token, b"").endswith(b"\n") for token in range(encoding.n_vocab)])
     blank = np.array([not spelled.get(token, b"").strip() for token in range(encoding.n_vocab)])
-    return {name: Part(streams[name], words[name], words["values"], ends_line, blank, encoding.encode_ordinary) for name in SHARES}
+    return {name: Part(stream, words[name], words["values"], ends_line, blank, encoding.encode_ordinary)
+            for name, stream in streams.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +206,7 @@ def weave(part, rng, lines, n):
     if len(ends):                                                          # move each back to where a line ends
         cuts = np.concatenate([[0], ends])[np.searchsorted(ends, cuts, side="right")]
     pieces = np.split(text, cuts)
-    return np.concatenate([pieces[0]] + [part_ for line, piece in zip(lines, pieces[1:]) for part_ in (line, piece)])
+    return np.concatenate([pieces[0]] + [x for line, piece in zip(lines, pieces[1:]) for x in (line, piece)])
 
 
 def facts(n, size, most=8):
@@ -296,7 +299,7 @@ TASKS = {task.__name__: task for task in (lm, needle, multikey, kv, passage, cou
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Prompts as tensors, and their scores
+# 5. Prompts as tensors
 
 @dataclass
 class Batch:

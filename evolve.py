@@ -49,16 +49,16 @@ class Config:
     tokenizer: str = setting("learned", "learned from the text, or a name that tiktoken knows, such as gpt2")
     vocab_size: int = setting(2048, "tokens of a learned tokeniser")
     # GPT
-    n_layer: int = setting(3, "layers")
+    n_layer: int = setting(2, "layers")
     n_head: int = setting(4, "query heads")
     n_kv_head: int = setting(2, "key/value heads; each has a cache of its own")
     n_embd: int = setting(64, "width of the model")
-    n_hidden: int = setting(176, "width inside SwiGLU")
+    n_hidden: int = setting(256, "width inside SwiGLU")
     rope_theta: float = setting(500_000.0, "base of the rotary angles")
     rope_scale: float = setting(1.0, "NTK scaling of the rotary angles")
     # training it
     length: int = setting(256, "training length, in tokens")
-    steps: int = setting(1600, "training steps")
+    steps: int = setting(1800, "training steps")
     batch_tokens: int = setting(4096, "tokens in a training step")
     lr: float = setting(4e-3, "peak learning rate")
     recall: float = setting(0.4, "share of places where the target is a word to remember, not the next token")
@@ -71,18 +71,18 @@ class Config:
     sigma: float = setting(0.2, "first step size")
     covariance: str = setting("diagonal", "diagonal or full")
     prompts: int = setting(3, "fresh prompts for each task in a generation, the same for all candidates")
-    evolve_at: tuple = setting((2, 4), "lengths to evolve at, in training lengths, drawn for each task and generation")
+    evolve_at: tuple = setting((4,), "lengths to evolve at, in training lengths, drawn for each task and generation")
     validate: int = setting(5, "generations between two validations of the mean")
     choose_prompts: int = setting(8, "prompts for each task in a validation")
     # report
     report_prompts: int = setting(48, "prompts for each task and length in the report")
     report_at: tuple = setting((1, 2, 4), "lengths to report at, in training lengths")
-    rows: int = setting(256, "most rows (candidates x prompts) read at once")
+    rows: int = setting(16, "rows (candidates x prompts) read at once: few, since all are padded to the largest cache")
 
 
 PRESETS = {
     "cpu": {},
-    "smoke": dict(length=64, steps=20, batch_tokens=1024, n_layer=2, n_embd=32, n_hidden=64, delay=16, generations=3,
+    "smoke": dict(length=64, steps=20, batch_tokens=1024, n_embd=32, n_hidden=64, delay=16, generations=3,
                   popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2),
     "gpu": dict(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=4, n_embd=512, n_hidden=1408, length=2048, steps=3000,
                 batch_tokens=131_072, lr=1e-3, delay=256, generations=100, popsize=32, prompts=8, choose_prompts=32,
@@ -251,9 +251,12 @@ class CMAES:
 def evaluate(gpt, batch, config, manage=None, weights=False):
     """Read the contexts with the cache managed, then ask. Rows B = copies x prompts, if the manager makes copies.
 
-    Returns exact (B,), the share of a prompt's answers whose every token is the arg-max; logprob (B,), natural log,
-    mean over the tokens of an answer, then over answers; and cache (B,), the share of the context's tokens that is in
-    the cache when the question is asked, mean over layers and heads."""
+    Returns four (B,), means over a prompt's answers, or over layers and heads:
+      exact       1 for an answer whose every token is the arg-max: what greedy decoding would write
+      likelihood  of an answer's token: exp of the mean log-probability of its tokens
+      logprob     that mean itself, natural logarithm
+      cache       share of the context's tokens that is in the cache when the question is asked
+    """
     n = batch.context
     with precision(config.device):
         cache = gpt.new_cache(len(batch.tokens), config.positions == "renumbered")
@@ -272,8 +275,9 @@ def evaluate(gpt, batch, config, manage=None, weights=False):
     total = lambda x: torch.zeros(B * A, device=x.device).index_add(0, group, x).view(B, A)[:, 1:]
     size = total(torch.ones_like(wrong))                                                     # (B,A) tokens in it
     asked = (size > 0).float()
-    exact = ((total(wrong) == 0) * asked).sum(1) / asked.sum(1)
-    return exact, (total(logprob) / size.clamp(min=1)).sum(1) / asked.sum(1), kept
+    mean = lambda x: (x * asked).sum(1) / asked.sum(1)                                       # (B,A) -> (B,)
+    logprob = total(logprob) / size.clamp(min=1)                                             # (B,A)
+    return mean(total(wrong) == 0), mean(logprob.exp()), mean(logprob), kept
 
 
 def score(task, exact, logprob):
@@ -293,8 +297,8 @@ def prompts(part, task, count, rng, length, device):
 def feature_statistics(gpt, part, config):
     """Mean and standard deviation of the spectra over the full cache, (F,) each: the same for all candidates, for ever."""
     totals, rng = torch.zeros(3, namm.F, dtype=torch.float64, device=config.device), np.random.default_rng([config.seed, 1])
-    for task in data.TASKS:
-        batch = prompts(part, task, 4, rng, config.length * max(config.evolve_at), config.device)
+    for task in data.EVOLVED:
+        batch = prompts(part, task, 8, rng, config.length * max(config.evolve_at), config.device)
         evaluate(gpt, batch, config, namm.statistics(totals), weights=True)
     return namm.mean_std(totals)
 
@@ -302,25 +306,23 @@ def feature_statistics(gpt, part, config):
 def yardstick(gpt, part, config):
     """{task: mean likelihood of an answer's token, full cache, training length}: what the GPT can do at its best."""
     rng = np.random.default_rng([config.seed, 5])
-    return {task: evaluate(gpt, prompts(part, task, 16, rng, config.length, config.device), config)[1].exp().mean().item()
+    return {task: evaluate(gpt, prompts(part, task, 16, rng, config.length, config.device), config)[1].mean().item()
             for task in data.EVOLVED}
 
 
 def fitness(gpt, params, statistics, best, part, tasks, count, rng, config):
     """(P,) fitness of params (P,4172), and the share of the cache kept, mean over all. For each task, on the same `count`
-    prompts for all candidates: mean likelihood of an answer's token, exp of its mean log-probability, divided by `best`,
-    the full cache's at the training length; then the mean over tasks. The likelihood has no ties, as exact match has; and
-    the paper's divisor, the full cache's score on the same long prompts, is near 0 just where it is to be beaten."""
-    total, kept = torch.zeros(len(params)), 0.0
-    step = max(1, config.rows // len(params))                              # prompts read at once by all candidates
+    prompts for all candidates: mean likelihood of the answers, divided by `best`, the full cache's at the training length;
+    then the mean over tasks. The likelihood has no ties, as exact match has; and the paper's divisor, the full cache's
+    score on the same long prompts, is near 0 just where it is to be beaten."""
+    total, kept = torch.zeros(len(params)), torch.zeros(len(params))
     for task in tasks:
         batch = prompts(part, task, count, rng, config.length * int(rng.choice(config.evolve_at)), config.device)
-        for i in range(0, count, step):
-            some = dataclasses.replace(batch, tokens=batch.tokens[i:i + step], answer=batch.answer[i:i + step])
-            _, logprob, cache = evaluate(gpt, some, config, namm.namm(params, *statistics), weights=True)
-            total += logprob.exp().view(len(params), -1).sum(1).cpu() / (best[task] * count * len(tasks))
-            kept += cache.sum().item() / (len(params) * count * len(tasks))
-    return total, kept
+        for group in torch.arange(len(params)).split(max(1, config.rows // count)):          # candidates read at once
+            _, likelihood, _, cache = evaluate(gpt, batch, config, namm.namm(params[group], *statistics), weights=True)
+            total[group] += likelihood.view(-1, count).mean(1).cpu() / best[task] / len(tasks)
+            kept[group] += cache.view(-1, count).mean(1).cpu() / len(tasks)
+    return total, kept.mean().item()
 
 
 def evolve(gpt, parts, config, log):
@@ -379,7 +381,7 @@ def report(gpt, params, statistics, part, config):
                     manage, weights = manager, True
                 else:
                     manage, weights = namm.baseline(method, budget, config.seed), method in namm.ATTENTIVE
-                exact, logprob, cache = evaluate(gpt, batch, config, manage, weights)
+                exact, _, logprob, cache = evaluate(gpt, batch, config, manage, weights)
                 if method == "namm":
                     budget = max(1, math.ceil(cache.mean().item() * batch.context))
                 got = score(task, exact, logprob)

@@ -28,11 +28,11 @@ from tqdm import tqdm
 @dataclass
 class GPTConfig:
     vocab_size: int = 2048
-    n_layer: int = 3
+    n_layer: int = 2
     n_head: int = 4
     n_kv_head: int = 2
     n_embd: int = 64
-    n_hidden: int = 176              # width inside SwiGLU
+    n_hidden: int = 256              # width inside SwiGLU
     rope_theta: float = 500_000.0    # base of the rotary angles
     rope_scale: float = 1.0          # NTK scaling: stretches the slow angles by this factor, leaves the fast ones
     norm_eps: float = 1e-5
@@ -67,8 +67,8 @@ class KVCache:
         """Add T new slots, keys and values (B,K,T,D), on the right."""
         B, K, T, _ = keys.shape
         positions = torch.arange(self.seen, self.seen + T, device=keys.device).expand(B, K, T)
-        self.keys = torch.cat([self.keys, keys], dim=2)
-        self.values = torch.cat([self.values, values], dim=2)
+        self.keys = torch.cat([self.keys.to(keys.dtype), keys], dim=2)     # autocast decides the type of the first
+        self.values = torch.cat([self.values.to(values.dtype), values], dim=2)
         self.positions = torch.cat([self.positions, positions], dim=2)
         self.alive = F.pad(self.alive, (0, T), value=True)
         self.state = {name: torch.cat([x, x.new_zeros(B, K, T, *x.shape[3:])], dim=2) for name, x in self.state.items()}
@@ -289,7 +289,7 @@ def answer_loss(gpt, batch, target):
 
 def train(gpt, sample, steps, lr, precision):
     """Train by AdamW: a short warm-up, then a straight decay to 5 %. sample(step) gives the step's prompts (tokens (N,L),
-    answer (N,L), tasks [name] * N) and targets (N,L-1). The loss is that of the answers plus half that of the rest."""
+    answer (N,L), tasks [name] * N) and targets (N,L-1). The loss is that of the answers plus that of all the rest."""
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     accuracy, bar = {}, tqdm(range(steps), desc="train GPT", mininterval=1, dynamic_ncols=True)
     for step in bar:
@@ -298,7 +298,7 @@ def train(gpt, sample, steps, lr, precision):
             group["lr"] = lr * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / steps)
         with precision:
             answers, text, right = answer_loss(gpt, batch, target)
-        (answers + 0.5 * text).backward()
+        (answers + text).backward()
         nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -457,7 +457,7 @@ def test_cmaes_resumes_exactly(diagonal):
 @pytest.fixture(scope="session")
 def parts():
     texts = data.split(data.documents())
-    encoding = data.tokenizer("learned", 1024, "/nowhere", [text[:300] for text in texts["train"][:800]])
+    encoding = data.tokenizer("learned", 2048, "/nowhere", texts["train"][:700])
     return texts, encoding, data.make_parts(texts, encoding, 512)
 
 
@@ -518,7 +518,7 @@ def test_exact_match_is_what_greedy_decoding_would_write(parts):
         swap = (batch.answer[:, 1:] > 0) & (torch.rand(guess.shape) < 0.6)
         batch.tokens[:, 1:][swap] = guess[swap]
     config = evolve.Config(device="cpu", delay=64)
-    exact, logprob, cache = evolve.evaluate(gpt, batch, config)
+    exact, likelihood, logprob, cache = evolve.evaluate(gpt, batch, config)
     assert cache.tolist() == [1.0] * 4
     for row in range(4):
         rights, logs = [], []
@@ -531,6 +531,22 @@ def test_exact_match_is_what_greedy_decoding_would_write(parts):
             logs.append(np.mean([logits[place - 1, batch.tokens[row, place]].item() for place in places]))
         assert exact[row].item() == pytest.approx(np.mean(rights), abs=1e-6)
         assert logprob[row].item() == pytest.approx(np.mean(logs), abs=1e-3)
+        assert likelihood[row].item() == pytest.approx(np.mean(np.exp(logs)), abs=1e-3)
+
+
+def test_bfloat16_gives_nearly_the_same_answers(parts, monkeypatch):
+    """The precision of a GPU, on the CPU. Catches: a cache that mixes types, spectra computed in bfloat16."""
+    made = parts[2]
+    torch.manual_seed(0)
+    gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, n_hidden=32)).eval()
+    batch = data.batch(made["report"], ["multikey"] * 2, np.random.default_rng(0), 256)
+    config, params = evolve.Config(device="cpu", delay=64), torch.zeros(2, 4172)
+    manage = namm.namm(params, torch.zeros(17), torch.ones(17))
+    exactly = evolve.evaluate(gpt, batch, config, manage, weights=True)
+    monkeypatch.setattr(evolve, "precision", lambda device: torch.autocast("cpu", torch.bfloat16))
+    roughly = evolve.evaluate(gpt, batch, config, manage, weights=True)
+    torch.testing.assert_close(roughly[2], exactly[2], atol=0.1, rtol=0.02)
+    assert torch.equal(roughly[3], exactly[3])
 
 
 # --- the program -------------------------------------------------------------------------------------------------------
