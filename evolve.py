@@ -49,16 +49,16 @@ class Config:
     tokenizer: str = setting("learned", "learned from the text, or a name that tiktoken knows, such as gpt2")
     vocab_size: int = setting(2048, "tokens of a learned tokeniser")
     # GPT
-    n_layer: int = setting(2, "layers")
+    n_layer: int = setting(3, "layers")
     n_head: int = setting(4, "query heads")
     n_kv_head: int = setting(2, "key/value heads; each has a cache of its own")
     n_embd: int = setting(64, "width of the model")
-    n_hidden: int = setting(256, "width inside SwiGLU")
+    n_hidden: int = setting(176, "width inside SwiGLU")
     rope_theta: float = setting(500_000.0, "base of the rotary angles")
     rope_scale: float = setting(1.0, "NTK scaling of the rotary angles")
     # training it
     length: int = setting(256, "training length, in tokens")
-    steps: int = setting(1800, "training steps")
+    steps: int = setting(1400, "training steps")
     batch_tokens: int = setting(4096, "tokens in a training step")
     lr: float = setting(4e-3, "peak learning rate")
     recall: float = setting(0.4, "share of places where the target is a word to remember, not the next token")
@@ -66,7 +66,7 @@ class Config:
     delay: int = setting(64, "tokens between two evictions, a multiple of 16")
     positions: str = setting("renumbered", "of cached keys: renumbered inside the cache, or original (the paper)")
     # evolution
-    generations: int = setting(45, "generations, in three equal stages")
+    generations: int = setting(40, "generations, in three equal stages")
     popsize: int = setting(16, "candidates in a generation")
     sigma: float = setting(0.2, "first step size")
     covariance: str = setting("diagonal", "diagonal or full")
@@ -75,7 +75,7 @@ class Config:
     validate: int = setting(5, "generations between two validations of the mean")
     choose_prompts: int = setting(8, "prompts for each task in a validation")
     # report
-    report_prompts: int = setting(48, "prompts for each task and length in the report")
+    report_prompts: int = setting(32, "prompts for each task and length in the report")
     report_at: tuple = setting((1, 2, 4), "lengths to report at, in training lengths")
     rows: int = setting(16, "rows (candidates x prompts) read at once: few, since all are padded to the largest cache")
 

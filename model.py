@@ -5,7 +5,7 @@ Read in this order:
   2. KVCache        what one layer remembers of the tokens it read, and how slots are appended and evicted
   3. attend         attention over the cache: written out where the weights are wanted, fused elsewhere
   4. GPT            rotary positions, grouped-query attention, SwiGLU, RMSNorm; parameters named as in Meta's own files
-  5. train          AdamW with a curriculum in context length
+  5. train          Muon and AdamW, answers weighing as much as the text
   6. read, generate the prompt in blocks through the cache, which a manager may cut after each block; then answers
 
 Letters: B rows, H query heads, K key/value heads, g = H / K query heads for each of them, T new tokens, S slots now in
@@ -28,11 +28,11 @@ from tqdm import tqdm
 @dataclass
 class GPTConfig:
     vocab_size: int = 2048
-    n_layer: int = 2
+    n_layer: int = 3
     n_head: int = 4
     n_kv_head: int = 2
     n_embd: int = 64
-    n_hidden: int = 256              # width inside SwiGLU
+    n_hidden: int = 176              # width inside SwiGLU
     rope_theta: float = 500_000.0    # base of the rotary angles
     rope_scale: float = 1.0          # NTK scaling: stretches the slow angles by this factor, leaves the fast ones
     norm_eps: float = 1e-5
@@ -164,8 +164,9 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.n_embd, config.n_kv_head * D, bias=False)
         self.wo = nn.Linear(config.n_head * D, config.n_embd, bias=False)
         if config.smear:                                                   # taps[j] of a head weighs what is j back
-            self.k_taps = nn.Parameter(torch.eye(4)[1].repeat(self.n_kv_head, 1))         # at first, the one before
-            self.q_taps = nn.Parameter(torch.eye(4)[0].repeat(self.n_kv_head, 1))         # at first, itself
+            even = torch.arange(self.n_kv_head) % 2
+            self.k_taps = nn.Parameter(torch.eye(4)[even])                 # at first itself, or the one before
+            self.q_taps = nn.Parameter(torch.eye(4)[0 * even])             # at first itself
         self.smear = config.smear
 
     def forward(self, x, table, cache=None, weights=False):
@@ -283,25 +284,30 @@ def answer_loss(gpt, batch, target):
     logits = gpt(batch.tokens[:, :-1])                                     # (N,L-1,V)
     loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(answer)
     share = answer / answer.sum(1, keepdim=True)
-    right = ((logits.argmax(-1) == target) * share).sum(1)
-    return (loss * share).sum(1).mean(), (loss * (1 - answer)).sum() / (1 - answer).sum(), right
+    right, asked = torch.zeros_like(loss), answer > 0                      # no arg-max over places that do not ask
+    right[asked] = (logits[asked].argmax(-1) == target[asked]).float()
+    return (loss * share).sum(1).mean(), (loss * (1 - answer)).sum() / (1 - answer).sum(), (right * share).sum(1)
 
 
 def train(gpt, sample, steps, lr, precision):
-    """Train by AdamW: a short warm-up, then a straight decay to 5 %. sample(step) gives the step's prompts (tokens (N,L),
-    answer (N,L), tasks [name] * N) and targets (N,L-1). The loss is that of the answers plus that of all the rest."""
-    optimizer = torch.optim.AdamW(gpt.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    """Train the matrices of the layers by Muon, all else by AdamW: a short warm-up, then a straight decay to 5 %. sample(step) gives the step's prompts (tokens (N,L),
+    answer (N,L), tasks [name] * N) and targets (N,L-1). The loss is that of the answers plus half that of the rest."""
+    matrices = [p for name, p in gpt.layers.named_parameters() if p.dim() == 2 and "taps" not in name]
+    others = [p for p in gpt.parameters() if not any(p is matrix for matrix in matrices)]
+    optimizers = {torch.optim.Muon(matrices, weight_decay=0.0): 5 * lr,
+                  torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0): lr}
     accuracy, bar = {}, tqdm(range(steps), desc="train GPT", mininterval=1, dynamic_ncols=True)
     for step in bar:
         batch, target = sample(step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / steps)
+        for optimizer, peak in optimizers.items():
+            optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / steps)
         with precision:
             answers, text, right = answer_loss(gpt, batch, target)
-        (answers + text).backward()
+        (answers + 0.5 * text).backward()
         nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if step % 10 == 0:                                                 # the only place that waits for the device
             for task, share in zip(batch.tasks, right.tolist()):
                 accuracy[task] = 0.9 * accuracy.get(task, share) + 0.1 * share
