@@ -58,19 +58,20 @@ class Config:
     rope_scale: float = setting(1.0, "NTK scaling of the rotary angles")
     # training it
     length: int = setting(256, "training length, in tokens")
-    steps: int = setting(1400, "training steps")
+    steps: int = setting(1500, "training steps")
     batch_tokens: int = setting(4096, "tokens in a training step")
     lr: float = setting(4e-3, "peak learning rate")
     recall: float = setting(0.4, "share of places where the target is a word to remember, not the next token")
     # the cache
     delay: int = setting(64, "tokens between two evictions, a multiple of 16")
+    capacity: int = setting(384, "most slots that NAMM keeps in a head; 0 for any number")
     positions: str = setting("renumbered", "of cached keys: renumbered inside the cache, or original (the paper)")
     # evolution
-    generations: int = setting(40, "generations, in three equal stages")
+    generations: int = setting(42, "generations, in three equal stages")
     popsize: int = setting(16, "candidates in a generation")
     sigma: float = setting(0.2, "first step size")
     covariance: str = setting("diagonal", "diagonal or full")
-    prompts: int = setting(3, "fresh prompts for each task in a generation, the same for all candidates")
+    prompts: int = setting(4, "fresh prompts for each task in a generation, the same for all candidates")
     evolve_at: tuple = setting((4,), "lengths to evolve at, in training lengths, drawn for each task and generation")
     validate: int = setting(5, "generations between two validations of the mean")
     choose_prompts: int = setting(8, "prompts for each task in a validation")
@@ -82,11 +83,11 @@ class Config:
 
 PRESETS = {
     "cpu": {},
-    "smoke": dict(length=64, steps=20, batch_tokens=1024, n_embd=32, n_hidden=64, delay=16, generations=3,
+    "smoke": dict(length=64, steps=20, batch_tokens=1024, n_embd=32, n_hidden=64, delay=16, capacity=64, generations=3,
                   popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2),
     "gpu": dict(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=4, n_embd=512, n_hidden=1408, length=2048, steps=3000,
-                batch_tokens=131_072, lr=1e-3, delay=256, generations=100, popsize=32, prompts=8, choose_prompts=32,
-                report_prompts=64, rows=512),
+                batch_tokens=131_072, lr=1e-3, delay=256, capacity=2048, generations=100, popsize=32, prompts=8,
+                choose_prompts=32, report_prompts=64, rows=512),
 }
 
 
@@ -287,7 +288,11 @@ def score(task, exact, logprob):
 
 def prompts(part, task, count, rng, length, device):
     """`count` prompts of one task, on the device."""
-    batch = data.batch(part, [task] * count, rng, length)
+    return on_device(data.batch(part, [task] * count, rng, length), device)
+
+
+def on_device(batch, device):
+    """The batch with its tensors on the device."""
     return dataclasses.replace(batch, tokens=batch.tokens.to(device), answer=batch.answer.to(device))
 
 
@@ -295,8 +300,9 @@ def prompts(part, task, count, rng, length, device):
 # 4. Evolution
 
 def feature_statistics(gpt, part, config):
-    """Mean and standard deviation of the spectra over the full cache, (F,) each: the same for all candidates, for ever."""
-    totals, rng = torch.zeros(3, namm.F, dtype=torch.float64, device=config.device), np.random.default_rng([config.seed, 1])
+    """Mean and standard deviation of the spectra over the full cache, (F,) each: collected once, then frozen."""
+    totals = torch.zeros(3, namm.F, dtype=torch.float64, device=config.device)
+    rng = np.random.default_rng([config.seed, 1])
     for task in data.EVOLVED:
         batch = prompts(part, task, 8, rng, config.length * max(config.evolve_at), config.device)
         evaluate(gpt, batch, config, namm.statistics(totals), weights=True)
@@ -319,7 +325,8 @@ def fitness(gpt, params, statistics, best, part, tasks, count, rng, config):
     for task in tasks:
         batch = prompts(part, task, count, rng, config.length * int(rng.choice(config.evolve_at)), config.device)
         for group in torch.arange(len(params)).split(max(1, config.rows // count)):          # candidates read at once
-            _, likelihood, _, cache = evaluate(gpt, batch, config, namm.namm(params[group], *statistics), weights=True)
+            manage = namm.namm(params[group], *statistics, capacity=config.capacity)
+            _, likelihood, _, cache = evaluate(gpt, batch, config, manage, weights=True)
             total[group] += likelihood.view(-1, count).mean(1).cpu() / best[task] / len(tasks)
             kept[group] += cache.view(-1, count).mean(1).cpu() / len(tasks)
     return total, kept.mean().item()
@@ -335,7 +342,7 @@ def evolve(gpt, parts, config, log):
     es = CMAES(torch.zeros(namm.N_PARAMS), config.sigma, config.popsize, config.seed, config.covariance == "diagonal")
     highest, chosen, start = -math.inf, None, time.time()
     log("generation tasks | candidates: fitness   best  cache | mean: fitness  cache | sigma  axis ratio | seconds  left")
-    for g in tqdm(range(config.generations + 1), desc="evolve", mininterval=1, dynamic_ncols=True):
+    for g in tqdm(range(config.generations + 1), desc="evolve", mininterval=1, dynamic_ncols=True, disable=None):
         began, tasks = time.time(), data.EVOLVED[:1 + len(data.EVOLVED) * (g - 1) // config.generations]
         of_all, of_mean = " " * 33, " " * 20
         if g:
@@ -365,14 +372,14 @@ def report(gpt, params, statistics, part, config):
 
     All methods answer the same prompts through the same blocks; the baselines keep as many slots as NAMM has on
     average in that task at that length."""
-    rows, manager = [], namm.namm(params[None].to(config.device), *statistics)
+    rows, manager = [], namm.namm(params[None].to(config.device), *statistics, capacity=config.capacity)
     methods = ["full", "namm", *namm.BASELINES]
-    bar = tqdm(total=len(config.report_at) * len(data.TASKS) * len(methods), desc="report", mininterval=1, dynamic_ncols=True)
+    total = len(config.report_at) * len(data.TASKS) * len(methods)
+    bar = tqdm(total=total, desc="report", mininterval=1, dynamic_ncols=True, disable=None)
     for times in config.report_at:
         for t, task in enumerate(data.TASKS):
-            length = times * config.length
-            batch = prompts(part, task, config.report_prompts, np.random.default_rng([config.seed, 4, times, t]), length,
-                            config.device)
+            length, rng = times * config.length, np.random.default_rng([config.seed, 4, times, t])
+            batch = prompts(part, task, config.report_prompts, rng, length, config.device)
             budget = full = None
             for method in methods:
                 if method == "full":
@@ -438,8 +445,8 @@ def prepare(config):
         checkpoint = torch.load(path, map_location=config.device, weights_only=True)
         differs = {k: v for k, v in (trained_by(config) | sizes).items() if checkpoint["made_by"].get(k) != v}
         if differs and not config.base:
-            raise ValueError(f"{path} was made with other settings than " + ", ".join(f"{k} {v}" for k, v in differs.items())
-                             + "; give another --out, or delete it")
+            differs = ", ".join(f"{name} {value}" for name, value in differs.items())
+            raise ValueError(f"{path} was made with other settings than {differs}; give another --out, or delete it")
     out.mkdir(parents=True, exist_ok=True)
     if config.tokenizer == "learned":
         save(out / "tokenizer.tiktoken", lambda temporary: data.save_ranks(encoding, temporary))
@@ -465,15 +472,14 @@ def base_model(out, part, sizes, checkpoint, config, log):
         length = max(64, config.length // (4 if step < 0.25 * config.steps else 2 if step < 0.55 * config.steps else 1))
         batch, target = data.training_batch(part, np.random.default_rng([config.seed, 0, step]),
                                             config.batch_tokens // length, length, config.recall)
-        return dataclasses.replace(batch, tokens=batch.tokens.to(config.device), answer=batch.answer.to(config.device)), \
-            target.to(config.device)
+        return on_device(batch, config.device), target.to(config.device)
 
+    log(f"training a GPT of {sum(p.numel() for p in gpt.parameters()):,} parameters")
     start = time.time()
     train(gpt, sample, config.steps, config.lr, precision(config.device))
-    log(f"GPT of {sum(p.numel() for p in gpt.parameters()):,} parameters, {config.steps * config.batch_tokens:,} tokens, "
-        f"{time.time() - start:.0f} s")
-    save(out / "gpt.pt", lambda temporary: torch.save({"config": dataclasses.asdict(gpt.config), "model": gpt.state_dict(),
-                                                       "made_by": trained_by(config) | sizes}, temporary))
+    log(f"{config.steps * config.batch_tokens:,} tokens of training in {time.time() - start:.0f} s")
+    file = {"config": vars(gpt.config), "model": gpt.state_dict(), "made_by": trained_by(config) | sizes}
+    save(out / "gpt.pt", lambda temporary: torch.save(file, temporary))
     return gpt.eval()
 
 

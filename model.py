@@ -5,7 +5,7 @@ Read in this order:
   2. KVCache        what one layer remembers of the tokens it read, and how slots are appended and evicted
   3. attend         attention over the cache: written out where the weights are wanted, fused elsewhere
   4. GPT            rotary positions, grouped-query attention, SwiGLU, RMSNorm; parameters named as in Meta's own files
-  5. train          Muon and AdamW, answers weighing as much as the text
+  5. train          Muon and AdamW, on prompts that somebody else draws
   6. read, generate the prompt in blocks through the cache, which a manager may cut after each block; then answers
 
 Letters: B rows, H query heads, K key/value heads, g = H / K query heads for each of them, T new tokens, S slots now in
@@ -13,7 +13,6 @@ one layer's cache (survivors and the T new ones), D width of a head, C width of 
 """
 
 import math
-import time
 from dataclasses import dataclass
 
 import torch
@@ -290,13 +289,15 @@ def answer_loss(gpt, batch, target):
 
 
 def train(gpt, sample, steps, lr, precision):
-    """Train the matrices of the layers by Muon, all else by AdamW: a short warm-up, then a straight decay to 5 %. sample(step) gives the step's prompts (tokens (N,L),
-    answer (N,L), tasks [name] * N) and targets (N,L-1). The loss is that of the answers plus half that of the rest."""
+    """Train the matrices of the layers by Muon, all else by AdamW: a short warm-up, then a straight decay to 5 %.
+
+    sample(step) gives the step's prompts, with tokens (N,L), answer (N,L), tasks [name] * N, and the targets (N,L-1). The
+    loss is that of the answers plus half that of the rest. `precision`: a context to compute the loss in."""
     matrices = [p for name, p in gpt.layers.named_parameters() if p.dim() == 2 and "taps" not in name]
     others = [p for p in gpt.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = {torch.optim.Muon(matrices, weight_decay=0.0): 5 * lr,
                   torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0): lr}
-    accuracy, bar = {}, tqdm(range(steps), desc="train GPT", mininterval=1, dynamic_ncols=True)
+    accuracy, bar = {}, tqdm(range(steps), desc="train GPT", mininterval=1, dynamic_ncols=True, disable=None)
     for step in bar:
         batch, target = sample(step)
         for optimizer, peak in optimizers.items():

@@ -114,6 +114,19 @@ def keep_mask(scores, threshold=0.0):
     return keep
 
 
+def newest(scores, count):
+    """The `count` newest slots stay whatever they score."""
+    scores[..., scores.shape[-1] - count:] = torch.inf
+    return scores
+
+
+def keep_best(scores, budget):
+    """The newest slot and the best others, `budget` in all, or all when there are fewer; among equals the newer one:
+    (B,K,S) -> (B,K,S) bool."""
+    order = newest(scores, 1).argsort(dim=-1, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., -budget:], True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. The manager
 
@@ -128,18 +141,20 @@ def spectra(cache, attention):
     return cache.state["spectrum"]
 
 
-def namm(params, mean, std, threshold=0.0):
+def namm(params, mean, std, threshold=0.0, capacity=None):
     """A manager for GPT.hidden: called after each layer's attention, it evicts.
 
-    params (P,4172), mean and std (F,). Until the first eviction all candidates share one computation: the cache comes
-    with one row a prompt, and leaves with P."""
+    params (P,4172), mean and std (F,). A head keeps its best `capacity` slots at the most, whatever their scores. Until
+    the first eviction all candidates share one computation: the cache comes with one row a prompt, and leaves with P."""
     def manage(layer, cache, attention):
         with torch.autocast(attention.device.type, enabled=False):         # float32 here, whatever the GPT computes in
             x = features(spectra(cache, attention), cache.seen - 1 - cache.positions, mean, std)
             if cache.copies < len(params):
                 cache.repeat(len(params))
                 x = x.repeat(len(params), 1, 1, 1)
-            cache.evict(keep_mask(bam_scores(x, params), threshold))
+            scores = bam_scores(x, params).masked_fill(~cache.alive, -torch.inf)
+            keep = keep_mask(scores, threshold)
+            cache.evict(keep & keep_best(scores, capacity) if capacity else keep)
     return manage
 
 
@@ -204,21 +219,8 @@ def snapkv(cache, attention, budget, generator):
     return newest(avg_pool1d(votes, 5, stride=1, padding=2, count_include_pad=False), window)
 
 
-def newest(scores, count):
-    """The `count` newest slots stay whatever they score."""
-    scores[..., scores.shape[-1] - count:] = torch.inf
-    return scores
-
-
 BASELINES = {f.__name__: f for f in (random, recent, streaming, h2o, l2, tova, snapkv)}
 ATTENTIVE = {"h2o", "tova", "snapkv"}                                      # those that look at the attention
-
-
-def keep_best(scores, budget):
-    """The newest slot and the best others, `budget` in all, or all when there are fewer; among equals the newer one:
-    (B,K,S) -> (B,K,S) bool."""
-    order = newest(scores, 1).argsort(dim=-1, stable=True)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., -budget:], True)
 
 
 def baseline(name, budget, seed=0):
