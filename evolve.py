@@ -136,6 +136,7 @@ def check(c):
          f"{shortest - data.room(shortest)} tokens, so nothing would ever be evicted"),
         (c.popsize >= 4, "--popsize must be 4 or more"),
         (0 <= c.recall < 1, "--recall must be 0 or more, and below 1"),
+        (c.capacity >= 0, "--capacity must be 0 or more"),
         (c.vocab_size > 266, "--vocab_size must be above 266: 256 bytes, ten digits, and what is learned"),
     ]:
         if not holds:
