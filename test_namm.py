@@ -290,7 +290,7 @@ def naive_namm(gpt, tokens, delay, p, mean, std, capacity):
     return lives
 
 
-@pytest.mark.parametrize("capacity", [1000, 9])
+@pytest.mark.parametrize("capacity", [1000, 26, 9])
 def test_population_in_one_pass_equals_one_candidate_at_a_time(capacity):
     """Three candidates on two prompts in one pass keep, in each layer and head, exactly the tokens that the method in
     plain loops keeps for each candidate and prompt alone. Catches: rows mixed up when the cache is stacked, statistics
