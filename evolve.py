@@ -338,7 +338,7 @@ def evolve(gpt, parts, config, log):
 
     Fresh prompts each generation, one more task in each of three stages. The mean of the search distribution is what is
     kept, since a single candidate's fitness is noisy; of the means, the one with the best fitness on the prompts to
-    choose by, which are always the same and never evolved on. Generation 0, all zeros, is the full cache."""
+    choose by, which are always the same and never evolved on. Generation 0, all zeros, drops nothing of its own accord."""
     statistics, best = feature_statistics(gpt, parts["evolve"], config), yardstick(gpt, parts["evolve"], config)
     es = CMAES(torch.zeros(namm.N_PARAMS), config.sigma, config.popsize, config.seed, config.covariance == "diagonal")
     highest, chosen, start = -math.inf, None, time.time()
