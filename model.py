@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 @dataclass
 class GPTConfig:
+    """The sizes of a GPT; the defaults are those of the CPU preset. A real Llama 3 has tied and smear off."""
     vocab_size: int = 2048
     n_layer: int = 3
     n_head: int = 4
@@ -163,9 +164,9 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.n_embd, config.n_kv_head * D, bias=False)
         self.wo = nn.Linear(config.n_head * D, config.n_embd, bias=False)
         if config.smear:                                                   # taps[j] of a head weighs what is j back
-            even = torch.arange(self.n_kv_head) % 2
-            self.k_taps = nn.Parameter(torch.eye(4)[even])                 # at first itself, or the one before
-            self.q_taps = nn.Parameter(torch.eye(4)[0 * even])             # at first itself
+            itself, before = torch.eye(4)[:2]                              # each (4,)
+            self.k_taps = nn.Parameter(torch.stack([(itself, before)[head % 2] for head in range(self.n_kv_head)]))
+            self.q_taps = nn.Parameter(itself.repeat(self.n_kv_head, 1))   # both (K,4), these are their first values
         self.smear = config.smear
 
     def forward(self, x, table, cache=None, weights=False):
