@@ -29,7 +29,7 @@ PATTERN = r" ?[^\W\d_]+| ?\d| ?[^\s\w]+|_+|\s*\n|\s+"
 SUFFIXES = (".txt", ".md", ".rst", ".py")
 SHARES = {"train": 0.64, "evolve": 0.14, "choose": 0.08, "report": 0.14}   # of the documents
 WORDS = {"values": 0.25, "evolve": 0.25, "choose": 0.10, "report": 0.25}   # of the words; to train: all other tokens
-EVOLVED = ("passage", "multikey", "needle")                                # evolved on, one more in each stage
+EVOLVED = ("passage", "kv", "copy")                                        # evolved on; in stages, one more in each
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,18 +332,28 @@ def batch(part, tasks, rng, length):
     return Batch(torch.from_numpy(tokens), torch.from_numpy(answer), n, list(tasks))
 
 
+def depth(batch):
+    """Where in the context the needle of each prompt is, in fifths, (N,) long."""
+    found = []
+    for tokens, answer in zip(batch.tokens, batch.answer):
+        at = int(answer.nonzero()[0])
+        same = (tokens[:batch.context - 2] == tokens[at - 2]) & (tokens[2:batch.context] == tokens[at])
+        found.append(int(same.nonzero()[-1]) * 5 // batch.context)
+    return torch.tensor(found)
+
+
 def training_batch(part, rng, rows, length, recall):
-    """`rows` prompts of random tasks, and what to predict at each place but the last, (N, L-1): the next token; but at a
-    share `recall` of the places in a context, a word that was read before and will be asked for, any of them. A large
-    model expects what was said to matter again, and its attention shows it. A tiny one learns that only if told to; and
-    what a token will be worth can be seen in no attention that nobody paid to it."""
+    """`rows` prompts of random tasks, and words to recall, (N, L-1): at a share `recall` of the places in a context, a word
+    that was read before and will be asked for, any of them; -1 elsewhere. A large model expects what was said to matter
+    again, and its attention shows it. A tiny one's heads learn that only if told to; and what a token will be worth can
+    be seen in no attention that nobody paid to it."""
     prompts = batch(part, rng.choice(list(TASKS), rows), rng, length)
-    tokens, answer, target = prompts.tokens.numpy(), prompts.answer.numpy(), prompts.tokens[:, 1:].numpy().copy()
+    tokens, answer, words = prompts.tokens.numpy(), prompts.answer.numpy(), np.full((rows, length - 1), -1)
     for i, task in enumerate(prompts.tasks):
         said = np.flatnonzero(np.isin(tokens[i, :prompts.context], tokens[i][answer[i] > 0]))
         places = np.flatnonzero(rng.random(prompts.context) < recall)
         before = np.searchsorted(said, places)                             # how many such words were read by then
         if task != "lm":
             places, before = places[before > 0], before[before > 0]
-            target[i, places] = tokens[i, said[(rng.random(len(places)) * before).astype(int)]]
-    return prompts, torch.from_numpy(target)
+            words[i, places] = tokens[i, said[(rng.random(len(places)) * before).astype(int)]]
+    return prompts, torch.from_numpy(words)

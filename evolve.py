@@ -5,8 +5,9 @@ Read in this order:
   2. CMAES        the evolution strategy, after Hansen's tutorial (arXiv 1604.00772), whose equation numbers it gives
   3. evaluate     prompts through the cache, the questions afterwards, and the scores
   4. evolve       the loop: candidates, prompts, fitness, stages, validation
-  5. report       every method on every task, at lengths never used before
-  6. main
+  5. report       every method on every task and length; then stream, curve, anatomy: the same question in other ways
+  6. table        the rows as Markdown, and `python evolve.py --summary RUN/results.json ...` for several runs
+  7. main
 """
 
 import argparse
@@ -51,8 +52,9 @@ class Config:
     # GPT
     n_layer: int = setting(3, "layers")
     n_head: int = setting(4, "query heads")
-    n_kv_head: int = setting(2, "key/value heads; each has a cache of its own")
+    n_kv_head: int = setting(1, "key/value heads; each has a cache of its own")
     n_embd: int = setting(64, "width of the model")
+    head_dim: int = setting(32, "width of a head")
     n_hidden: int = setting(176, "width inside SwiGLU")
     rope_theta: float = setting(500_000.0, "base of the rotary angles")
     rope_scale: float = setting(1.0, "NTK scaling of the rotary angles")
@@ -61,32 +63,37 @@ class Config:
     steps: int = setting(1500, "training steps")
     batch_tokens: int = setting(4096, "tokens in a training step")
     lr: float = setting(4e-3, "peak learning rate")
-    recall: float = setting(0.4, "share of places where the target is a word to remember, not the next token")
+    recall: float = setting(0.25, "share of places where a head is asked for a word to remember")
     # the cache
     delay: int = setting(64, "tokens between two evictions, a multiple of 16")
-    capacity: int = setting(384, "most slots that NAMM keeps in a head; 0 for any number")
+    capacity: int = setting(96, "most slots that NAMM keeps in a head; 0 for any number")
     positions: str = setting("renumbered", "of cached keys: renumbered inside the cache, or original (the paper)")
+    # the manager
+    features: str = setting("all", f"what a token is judged by: {', '.join(namm.SEES)} (see namm.py)")
+    scorer: str = setting("bam", f"how: {', '.join(namm.SCORERS)}")
+    heads: str = setting("apart", "apart: each head drops its own tokens; together: a layer's heads drop the same")
     # evolution
-    generations: int = setting(42, "generations, in three equal stages")
+    generations: int = setting(100, "generations")
+    stages: int = setting(1, "1: all tasks from the start; 2 or 3: one more task in each of so many equal stages")
     popsize: int = setting(16, "candidates in a generation")
-    sigma: float = setting(0.2, "first step size")
+    sigma: float = setting(0.6, "first step size, in units of one over the root of a weight's inputs")
     covariance: str = setting("diagonal", "diagonal or full")
     prompts: int = setting(4, "fresh prompts for each task in a generation, the same for all candidates")
-    evolve_at: tuple = setting((4,), "lengths to evolve at, in training lengths, drawn for each task and generation")
-    validate: int = setting(5, "generations between two validations of the mean")
+    evolve_at: tuple = setting((1, 2, 4), "lengths to evolve at, in training lengths, drawn for each task and generation")
+    validate: int = setting(10, "generations between two validations of the mean")
     choose_prompts: int = setting(8, "prompts for each task in a validation")
     # report
     report_prompts: int = setting(32, "prompts for each task and length in the report")
-    report_at: tuple = setting((1, 2, 4), "lengths to report at, in training lengths")
+    report_at: tuple = setting((1, 4, 16), "lengths to report at, in training lengths")
     rows: int = setting(16, "rows (candidates x prompts) read at once: few, since all are padded to the largest cache")
 
 
 PRESETS = {
     "cpu": {},
-    "smoke": dict(length=64, steps=20, batch_tokens=1024, n_embd=32, n_hidden=64, delay=16, capacity=64, generations=3,
-                  popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2),
-    "gpu": dict(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=4, n_embd=512, n_hidden=1408, length=2048, steps=3000,
-                batch_tokens=131_072, lr=1e-3, delay=256, capacity=2048, generations=100, popsize=32, prompts=8,
+    "smoke": dict(length=64, steps=20, batch_tokens=1024, n_embd=32, head_dim=8, n_hidden=64, delay=16, capacity=24,
+                  generations=3, popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2),
+    "gpu": dict(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=2, n_embd=512, head_dim=64, n_hidden=1408, length=2048,
+                steps=3000, batch_tokens=131_072, lr=1e-3, delay=256, capacity=768, generations=100, popsize=32, prompts=8,
                 choose_prompts=32, report_prompts=64, rows=512),
 }
 
@@ -99,7 +106,8 @@ def numbers(text):
 def parse(argv=None):
     """Config from the command line. Raises ValueError, with a line for the user, for what cannot be."""
     parser = argparse.ArgumentParser(description="Train a small GPT, evolve the manager of its cache, report.",
-                                     usage="python evolve.py [--preset cpu|gpu|smoke] [--out DIR] [--OPTION VALUE ...]",
+                                     usage="python evolve.py [--preset cpu|gpu|smoke] [--OPTION VALUE ...]",
+                                     epilog="python evolve.py --summary RUN/results.json ... prints the tables of runs",
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, help="smoke takes a minute; if not given, gpu where there is one")
     for f in dataclasses.fields(Config):
@@ -116,8 +124,8 @@ def parse(argv=None):
 
 def check(c):
     """Raise ValueError for settings that cannot be."""
-    for name in ("n_layer n_head n_kv_head n_embd n_hidden length steps batch_tokens lr delay generations sigma prompts "
-                 "validate choose_prompts report_prompts rows evolve_at report_at").split():
+    for name in ("n_layer n_head n_kv_head n_embd head_dim n_hidden length steps batch_tokens lr delay generations sigma "
+                 "prompts validate choose_prompts report_prompts rows evolve_at report_at").split():
         value = getattr(c, name)
         if min(value if isinstance(value, tuple) else (value,)) <= 0:
             raise ValueError(f"--{name} must be above 0")
@@ -127,7 +135,11 @@ def check(c):
         (c.device == "cpu" or torch.cuda.is_available(), "--device cuda: this PyTorch finds no CUDA device"),
         (c.positions in ("renumbered", "original"), "--positions is renumbered or original"),
         (c.covariance in ("diagonal", "full"), "--covariance is diagonal or full"),
-        (c.n_embd % (2 * c.n_head) == 0, "--n_embd must be a multiple of twice --n_head"),
+        (c.features in namm.SEES, f"--features is one of {', '.join(namm.SEES)}"),
+        (c.scorer in namm.SCORERS, f"--scorer is one of {', '.join(namm.SCORERS)}"),
+        (c.heads in ("apart", "together"), "--heads is apart or together"),
+        (1 <= c.stages <= 3, "--stages is 1, 2 or 3"),
+        (c.head_dim % 2 == 0, "--head_dim must be even"),
         (c.n_head % c.n_kv_head == 0, "--n_head must be a multiple of --n_kv_head"),
         (c.length >= 64 and c.length % 4 == 0, "--length must be a multiple of 4, and 64 or more"),
         (c.batch_tokens >= c.length, "--batch_tokens must be --length or more"),
@@ -282,6 +294,12 @@ def evaluate(gpt, batch, config, manage=None, weights=False):
     return mean(total(wrong) == 0), mean(logprob.exp()), mean(logprob), kept
 
 
+def manager(params, statistics, config, **changes):
+    """NAMM as the settings say, for params (P,n)."""
+    return namm.namm(params, *statistics, **{"capacity": config.capacity, "sees": config.features, "scorer": config.scorer,
+                                             "per_head": config.heads == "apart", **changes})
+
+
 def score(task, exact, logprob):
     """A task's score from its prompts, higher is better: the share of answers that are exact; for `lm` 1 / perplexity."""
     return (logprob.mean().exp() if task == "lm" else exact.mean()).item()
@@ -306,7 +324,7 @@ def feature_statistics(gpt, part, config):
     rng = np.random.default_rng([config.seed, 1])
     for task in data.EVOLVED:
         batch = prompts(part, task, 8, rng, config.length * max(config.evolve_at), config.device)
-        evaluate(gpt, batch, config, namm.statistics(totals), weights=True)
+        evaluate(gpt, batch, config, namm.statistics(totals, config.features), weights=True)
     return namm.mean_std(totals)
 
 
@@ -317,20 +335,24 @@ def yardstick(gpt, part, config):
             for task in data.EVOLVED}
 
 
-def fitness(gpt, params, statistics, best, part, tasks, count, rng, config):
-    """(P,) fitness of params (P,4172), and the share of the cache kept, mean over all. For each task, on the same `count`
-    prompts for all candidates: mean likelihood of the answers, divided by `best`, the full cache's at the training length;
-    then the mean over tasks. The likelihood has no ties, as exact match has; and the paper's divisor, the full cache's
-    score on the same long prompts, is near 0 just where it is to be beaten."""
-    total, kept = torch.zeros(len(params)), torch.zeros(len(params))
+def fitness(gpt, params, statistics, best, part, tasks, lengths, count, rng, config):
+    """(P,) fitness of params (P,n), or (1,) of the full cache for params None, and the share of the cache kept, mean over
+    all. For each task at each of its lengths, on the same `count` prompts for all candidates: mean likelihood of the
+    answers, divided by `best`, the full cache's at the training length; then the mean. The likelihood has no ties, as
+    exact match has; and the paper's divisor, the full cache's score on the same prompts, is near 0 where it is to be beaten.
+
+    lengths(rng) draws, for one task, the lengths of its prompts in training lengths."""
+    P, total, kept, parts = 1 if params is None else len(params), 0.0, 0.0, 0
     for task in tasks:
-        batch = prompts(part, task, count, rng, config.length * int(rng.choice(config.evolve_at)), config.device)
-        for group in torch.arange(len(params)).split(max(1, config.rows // count)):          # candidates read at once
-            manage = namm.namm(params[group], *statistics, capacity=config.capacity)
-            _, likelihood, _, cache = evaluate(gpt, batch, config, manage, weights=True)
-            total[group] += likelihood.view(-1, count).mean(1).cpu() / best[task] / len(tasks)
-            kept[group] += cache.view(-1, count).mean(1).cpu() / len(tasks)
-    return total, kept.mean().item()
+        for times in lengths(rng):
+            batch = prompts(part, task, count, rng, config.length * int(times), config.device)
+            for group in torch.arange(P).split(max(1, config.rows // count)):                # candidates read at once
+                manage = None if params is None else manager(params[group], statistics, config)
+                _, likelihood, _, cache = evaluate(gpt, batch, config, manage, weights=manage is not None)
+                total = total + torch.zeros(P).index_add(0, group, likelihood.view(-1, count).mean(1).cpu() / best[task])
+                kept += cache.sum().item() / count / P
+            parts += 1
+    return total / parts, kept / parts
 
 
 def evolve(gpt, parts, config, log):
@@ -340,88 +362,295 @@ def evolve(gpt, parts, config, log):
     kept, since a single candidate's fitness is noisy; of the means, the one with the best fitness on the prompts to
     choose by, which are always the same and never evolved on. Generation 0, all zeros, drops nothing of its own accord."""
     statistics, best = feature_statistics(gpt, parts["evolve"], config), yardstick(gpt, parts["evolve"], config)
-    es = CMAES(torch.zeros(namm.N_PARAMS), config.sigma, config.popsize, config.seed, config.covariance == "diagonal")
-    highest, chosen, start = -math.inf, None, time.time()
+    scale = namm.scale(config.scorer)                                      # one step size fits all weights
+    es = CMAES(torch.zeros(len(scale)), config.sigma, config.popsize, config.seed, config.covariance == "diagonal")
+    any_length, every_length = lambda rng: [rng.choice(config.evolve_at)], lambda rng: config.evolve_at
+
+    def validate(params):
+        return fitness(gpt, params, statistics, best, parts["choose"], data.EVOLVED, every_length, config.choose_prompts,
+                       np.random.default_rng([config.seed, 3]), config)
+
+    [full], _ = validate(None)
+    highest, chosen, passed, start = -math.inf, None, None, time.time()
+    log(f"the full cache's fitness on the prompts to choose by: {full:.3f}")
     log("generation tasks | candidates: fitness   best  cache | mean: fitness  cache | sigma  axis ratio | seconds  left")
     for g in tqdm(range(config.generations + 1), desc="evolve", mininterval=1, dynamic_ncols=True, disable=None):
-        began, tasks = time.time(), data.EVOLVED[:1 + len(data.EVOLVED) * (g - 1) // config.generations]
+        began, stage = time.time(), config.stages * max(0, g - 1) // config.generations
+        tasks = data.EVOLVED[:len(data.EVOLVED) - config.stages + 1 + stage]
         of_all, of_mean = " " * 33, " " * 20
         if g:
-            candidates = es.ask().float().to(config.device)
-            got, kept = fitness(gpt, candidates, statistics, best, parts["evolve"], tasks, config.prompts,
+            candidates = (es.ask() * scale).float().to(config.device)
+            got, kept = fitness(gpt, candidates, statistics, best, parts["evolve"], tasks, any_length, config.prompts,
                                 np.random.default_rng([config.seed, 2, g]), config)
             es.tell(got)
             of_all = f"{got.mean():19.3f} {got.max():6.3f} {kept:6.1%}"
         if g % config.validate == 0 or g == config.generations:
-            mean = es.mean.float()
-            [value], kept = fitness(gpt, mean[None].to(config.device), statistics, best, parts["choose"], data.EVOLVED,
-                                    config.choose_prompts, np.random.default_rng([config.seed, 3]), config)
+            mean = (es.mean * scale).float()
+            [value], kept = validate(mean[None].to(config.device))
             star = "*" if g and value > highest else " "
             highest, chosen = (value, mean) if star == "*" else (highest, chosen)
+            passed = g if passed is None and value > full else passed
             of_mean = f"{value:12.3f}{star} {kept:6.1%}"
         left = (time.time() - start) / (g + 1) * (config.generations - g)
         log(f"{g:5d}/{config.generations:<4d} {len(tasks):5d} | {of_all} | {of_mean} | {es.sigma:5.3f} "
             f"{(es.D.max() / es.D.min()).item():11.2f} | {time.time() - began:7.1f} {left:4.0f}s")
-    return chosen, statistics
+    cost = {"generations": config.generations, "passed the full cache at generation": passed, "seconds": time.time() - start,
+            "candidate prompts read": sum(config.popsize * config.prompts * (len(data.EVOLVED) - config.stages + 1 +
+                                          config.stages * g // config.generations) for g in range(config.generations))}
+    log(f"evolution: {json.dumps(cost)}")
+    return chosen, statistics, cost
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Report
 
-def report(gpt, params, statistics, part, config):
-    """Every method on every task and length: [{method, task, length, score, logprob, relative, cache, seed}].
+FAR = ("namm", "full", "ntk", "streaming", "h2o", "tova", "snapkv")        # methods worth their time beyond 4 x
 
-    All methods answer the same prompts through the same blocks; the baselines keep as many slots as NAMM has on
-    average in that task at that length."""
-    rows, manager = [], namm.namm(params[None].to(config.device), *statistics, capacity=config.capacity)
-    methods = ["full", "namm", *namm.BASELINES]
-    total = len(config.report_at) * len(data.TASKS) * len(methods)
+
+def ask(gpt, batches, config, manage, weights):
+    """As `evaluate`, for several batches."""
+    return [torch.cat(got) for got in zip(*(evaluate(gpt, batch, config, manage, weights) for batch in batches))]
+
+
+def rule(method, params, statistics, budget, config):
+    """(manager, does it look at the attention) of a method's name. `ntk` is the full cache too; see `report`."""
+    if method in ("full", "ntk"):
+        return None, False
+    if method == "namm":
+        return manager(params[None].to(config.device), statistics, config), True
+    return namm.baseline(method, budget, config.seed), method in namm.ATTENTIVE
+
+
+def report(gpt, params, statistics, part, config):
+    """Every method on every task and length: [{method, task, length, score, logprob, relative, cache, seed, ...}].
+
+    All methods answer the same prompts through the same blocks; the baselines keep as many slots as NAMM has on average in
+    that task at that length. `ntk` is the full cache with the rotary base scaled to the length, as one would extend a GPT's
+    context without training. `lead`: NAMM's score minus the method's; `lead_se`, its standard error over prompts, paired.
+    `seconds` for all prompts. For needle, `depths`: the score by where it was, in five equal parts of the context."""
+    rows, methods = [], ["namm", "full", "ntk", *namm.BASELINES]
+    total = sum(len(data.TASKS) * (len(methods) if times <= 4 else len(FAR)) for times in config.report_at)
     bar = tqdm(total=total, desc="report", mininterval=1, dynamic_ncols=True, disable=None)
     for times in config.report_at:
         for t, task in enumerate(data.TASKS):
             length, rng = times * config.length, np.random.default_rng([config.seed, 4, times, t])
-            batch = prompts(part, task, config.report_prompts, rng, length, config.device)
-            budget = full = None
-            for method in methods:
-                if method == "full":
-                    manage, weights = None, False
-                elif method == "namm":
-                    manage, weights = manager, True
-                else:
-                    manage, weights = namm.baseline(method, budget, config.seed), method in namm.ATTENTIVE
-                exact, _, logprob, cache = evaluate(gpt, batch, config, manage, weights)
-                if method == "namm":
-                    budget = max(1, math.ceil(cache.mean().item() * batch.context))
+            asked = config.report_prompts if times <= 4 else math.ceil(config.report_prompts / 8)
+            counts = [min(config.rows, asked - i) for i in range(0, asked, config.rows)]
+            batches = [prompts(part, task, count, rng, length, config.device) for count in counts]
+            at, budget = {}, None
+            for method in [m for m in methods if times <= 4 or m in FAR]:
+                began = time.time()
+                gpt.config.rope_scale = config.rope_scale * (times if method == "ntk" else 1)
+                exact, _, logprob, cache = ask(gpt, batches, config, *rule(method, params, statistics, budget, config))
                 got = score(task, exact, logprob)
-                full = got if method == "full" else full
-                rows.append(dict(method=method, task=task, length=length, score=got, logprob=logprob.mean().item(),
-                                 relative=got / full if full else None, cache=cache.mean().item(), seed=config.seed))
+                # what each prompt adds to the score; for 1 / perplexity, to first order
+                each = got * (1 + logprob - logprob.mean()) if task == "lm" else exact
+                at[method] = each
+                if method == "namm":
+                    budget = max(1, math.ceil(cache.mean().item() * batches[0].context))
+                lead = at["namm"] - each
+                row = dict(method=method, task=task, length=length, score=got, logprob=logprob.mean().item(), relative=None,
+                           cache=cache.mean().item(), seed=config.seed, lead=lead.mean().item(),
+                           lead_se=(lead.var(correction=0) / len(lead)).sqrt().item(), seconds=time.time() - began)
+                if task == "needle":
+                    depth = torch.cat([data.depth(batch) for batch in batches])                  # (N,) in 0..4
+                    row["depths"] = [exact[depth == d].mean().item() if (depth == d).any() else None for d in range(5)]
+                rows.append(row)
                 bar.update()
+    gpt.config.rope_scale = config.rope_scale
+    full = {(row["task"], row["length"]): row["score"] for row in rows if row["method"] == "full"}
+    for row in rows:
+        base = full[row["task"], row["length"]]
+        row["relative"] = row["score"] / base if base else None
     return rows
 
 
-def table(rows, config):
-    """The rows as Markdown, one table for each length. Relative: ratio of the means over all tasks."""
-    text = []
-    for times in config.report_at:
-        at = [row for row in rows if row["length"] == times * config.length]
-        cell = {(row["method"], row["task"]): row["score"] for row in at}
-        mean = lambda method, tasks: sum(cell[method, task] for task in tasks) / len(tasks)
-        others = [task for task in data.TASKS if task not in data.EVOLVED]
-        text += [f"\n{times * config.length} tokens, {times} x the training length\n",
-                 f"| method | {' | '.join(data.TASKS)} | evolved on | other tasks | all | relative | cache |",
-                 "|---" * (len(data.TASKS) + 6) + "|"]
-        for method in dict.fromkeys(row["method"] for row in at):
-            cache = np.mean([row["cache"] for row in at if row["method"] == method])
-            everything = mean(method, data.TASKS)
-            text.append(f"| {method} | " + " | ".join(f"{cell[method, task]:.2f}" for task in data.TASKS)
-                        + f" | {mean(method, data.EVOLVED):.3f} | {mean(method, others):.3f} | {everything:.3f} | "
-                        f"{everything / mean('full', data.TASKS):.2f} | {cache:.2f} |")
-    return "\n".join(text) + "\n"
+@torch.no_grad()
+def stream(gpt, params, statistics, part, config):
+    """Bits per token of held-out text that is read in one go: [{method, from, to, bits, cache}], positions in tokens. The
+    baselines keep as many slots as NAMM has at the end."""
+    rng, rows, budget = np.random.default_rng([config.seed, 6]), [], None
+    ends = [times * config.length for times in config.report_at]
+    text = torch.from_numpy(np.stack([part.text(rng, ends[-1]) for _ in range(config.rows)])).long().to(config.device)
+    for method in ("namm", "full", "recent", "streaming", "h2o", "tova"):
+        manage, weights = rule(method, params, statistics, budget, config)
+        cache, bits = gpt.new_cache(len(text), config.positions == "renumbered"), []
+        for block in text.split(config.delay, dim=1):
+            with precision(config.device):
+                logits = gpt.output(read(gpt, block, cache, config.delay, manage, weights)).float()
+            after = text[:, cache[0].seen - block.shape[1] + 1:cache[0].seen + 1]                # (B,T), or one fewer
+            bits.append(torch.nn.functional.cross_entropy(logits[:, :after.shape[1]].transpose(1, 2), after,
+                                                          reduction="none") / math.log(2))
+        bits, share = torch.cat(bits, dim=1), torch.stack([layer.kept() for layer in cache]).mean().item()
+        budget = budget or max(1, math.ceil(share * ends[-1]))
+        rows += [{"method": method, "from": start, "to": end, "bits": bits[:, start:end].mean().item(), "cache": share,
+                  "seed": config.seed} for start, end in zip([0] + ends, ends)]
+    return rows
+
+
+def curve(gpt, params, statistics, part, config):
+    """Score at one and the same number of slots for every method: [{method, length, slots, score, seed}], mean over tasks.
+    NAMM keeps its best `slots`, whatever their scores: one evolved vector gives the whole curve."""
+    rows = []
+    for times in [times for times in config.report_at if times <= 4]:
+        for slots in (config.length // 16, config.length // 8, config.length // 4, config.length * 3 // 8):
+            for method in ("namm", "streaming", "h2o", "tova", "snapkv"):
+                scores = []
+                for t, task in enumerate(data.TASKS):
+                    rng = np.random.default_rng([config.seed, 7, times, t])
+                    count = min(config.rows, config.report_prompts)
+                    batch = prompts(part, task, count, rng, times * config.length, config.device)
+                    manage, weights = rule(method, params, statistics, slots, config)
+                    if method == "namm":
+                        manage = manager(params[None].to(config.device), statistics, config, threshold=-math.inf,
+                                         capacity=slots)
+                    exact, _, logprob, _ = evaluate(gpt, batch, config, manage, weights)
+                    scores.append(score(task, exact, logprob))
+                rows.append(dict(method=method, length=times * config.length, slots=slots, score=float(np.mean(scores)),
+                                 seed=config.seed))
+    return rows
+
+
+def anatomy(gpt, params, statistics, part, config):
+    """What NAMM keeps: [{layer, head, kind, kept, spectrum_kept, spectrum_dropped, seed}], over prompts of all tasks but
+    `lm` at the longest length of evolution. `kept`: share of the tokens of a kind that lives at the end of the context, or,
+    for kind "all", the mean spectra (F,) of the tokens that stayed and went, at all evictions."""
+    manage, sums, spectra = manager(params[None].to(config.device), statistics, config), {}, {}
+    for t, task in enumerate(task for task in data.TASKS if task != "lm"):
+        rng = np.random.default_rng([config.seed, 8, t])
+        batch = prompts(part, task, 8, rng, config.length * max(config.evolve_at), config.device)
+        tokens, n = batch.tokens[:, :batch.context], batch.context
+        asked = torch.stack([torch.isin(row[:n], row[answer > 0]) for row, answer in zip(batch.tokens, batch.answer)])
+        place = torch.arange(n, device=tokens.device).expand_as(tokens)
+        ends = torch.from_numpy(part.ends_line).to(tokens.device)[tokens]
+        kinds = {"all": place >= 0, "to be asked for": asked, "before such a word": asked.roll(-1, 1) & ~asked,
+                 "first four": place < 4, "newest 32": place >= n - 32, "line ends": ends & ~asked}        # (N,n) each
+
+        def watched(layer, cache, received):
+            evict = cache.evict
+
+            def record(keep):
+                for name, mask in (("spectrum_kept", keep), ("spectrum_dropped", cache.alive & ~keep)):
+                    for head in range(mask.shape[1]):
+                        total, count = spectra.get((layer, head, name), (0.0, 0))
+                        chosen = cache.state["spectrum"][:, head][mask[:, head]]                            # (some,F)
+                        spectra[layer, head, name] = total + chosen.sum(0), count + len(chosen)
+                evict(keep)
+
+            cache.evict = record
+            manage(layer, cache, received)
+            cache.evict = evict
+            if cache.seen > n - config.delay:                              # the last eviction of this context
+                for head in range(cache.alive.shape[1]):
+                    lives = torch.zeros_like(place, dtype=torch.bool)
+                    for row in range(len(lives)):
+                        lives[row, cache.positions[row, head][cache.alive[row, head]]] = True
+                    lives[:, cache.seen:] = True                           # not read yet, or never judged
+                    for kind, mask in kinds.items():
+                        kept, count = sums.get((layer, head, kind), (0, 0))
+                        sums[layer, head, kind] = kept + (lives & mask).sum().item(), count + mask.sum().item()
+
+        cache = gpt.new_cache(len(tokens), config.positions == "renumbered")
+        with precision(config.device):
+            read(gpt, tokens, cache, config.delay, watched, weights=True)
+    rows = [dict(layer=layer, head=head, kind=kind, kept=kept / max(1, count), seed=config.seed)
+            for (layer, head, kind), (kept, count) in sums.items()]
+    for row in rows:
+        if row["kind"] == "all":
+            for name in ("spectrum_kept", "spectrum_dropped"):
+                total, count = spectra[row["layer"], row["head"], name]
+                row[name] = (total / max(1, count)).tolist()
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Main
+# 6. Tables
+
+def spread(values, digits=2):
+    """Mean, and standard deviation if there are several, as text."""
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def table(rows):
+    """The rows as Markdown, one table for each length; rows of several seeds become their mean, with the standard deviation
+    of the seeds. Relative: ratio of the means over all tasks. Ahead: how much NAMM's mean over all tasks is above the
+    method's, with a 95 % interval over prompts."""
+    text, seeds = [], sorted({row["seed"] for row in rows})
+    others = [task for task in data.TASKS if task not in data.EVOLVED]
+    for length in sorted({row["length"] for row in rows}):
+        at = [row for row in rows if row["length"] == length]
+        cell = {(row["method"], row["task"], row["seed"]): row for row in at}
+        mean = lambda method, tasks, seed: np.mean([cell[method, task, seed]["score"] for task in tasks])
+        text += [f"\n{length} tokens\n",
+                 f"| method | {' | '.join(data.TASKS)} | evolved on | other tasks | all | relative | cache | NAMM ahead |",
+                 "|---" * (len(data.TASKS) + 7) + "|"]
+        for method in dict.fromkeys(row["method"] for row in at):
+            own = [row for row in at if row["method"] == method]
+            over = lambda tasks: [mean(method, tasks, seed) for seed in seeds]
+            relative = [mean(method, data.TASKS, seed) / mean("full", data.TASKS, seed) for seed in seeds]
+            ahead = np.mean([row["lead"] for row in own])
+            half = 1.96 * math.sqrt(sum(row["lead_se"] ** 2 for row in own)) / len(own)
+            text.append(f"| {method} | " + " | ".join(f"{np.mean(over([task])):.2f}" for task in data.TASKS)
+                        + f" | {spread(over(data.EVOLVED))} | {spread(over(others))} | {spread(over(list(data.TASKS)), 3)} | "
+                        f"{spread(relative)} | {np.mean([row['cache'] for row in own]):.2f} | "
+                        + ("" if method == "namm" else f"{ahead:+.3f} ± {half:.3f}") + " |")
+    return "\n".join(text) + "\n"
+
+
+def summary(paths):
+    """Markdown from the results.json of several runs. The first run and those that differ from it only in seed and base are
+    one group: tables of means over seeds. All other runs are grouped by what they changed, one line a group."""
+    runs = [json.loads(pathlib.Path(path).read_text()) for path in paths]
+    free = {"seed", "base", "out", "device", "report_prompts", "report_at"}
+    first = runs[0]["config"]
+    changed = lambda run: ", ".join(f"{k} {v}" for k, v in run["config"].items() if k not in free and v != first.get(k))
+    groups = {}
+    for run in runs:
+        groups.setdefault(changed(run), []).append(run)
+    rows = lambda name: [row for run in groups[""] for row in run[name]]
+    text = [table(rows("rows"))]
+
+    def grid(title, rows, across, value, cell):
+        """A table of the mean of `cell` over seeds: a line a method, a column for each value(row)."""
+        columns = sorted({value(row) for row in rows})
+        text.append(f"\n{title}\n\n| method | {' | '.join(across.format(*column) for column in columns)} |\n"
+                    + "|---" * (len(columns) + 1) + "|")
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = {c: [cell(row) for row in rows if row["method"] == method and value(row) == c] for c in columns}
+            text.append(f"| {method} | " + " | ".join(f"{np.mean(own[c]):.2f}" if own[c] else "" for c in columns) + " |")
+
+    grid("Bits per token of streamed text", rows("stream"), "{0}-{1}", lambda row: (row["from"], row["to"]),
+         lambda row: row["bits"])
+    grid("Score, mean over tasks, at one number of slots for all", rows("curve"), "{0} tokens, {1} slots",
+         lambda row: (row["length"], row["slots"]), lambda row: row["score"])
+    deep = [dict(row, depth=d, score=x) for row in rows("rows") if row["task"] == "needle"
+            for d, x in enumerate(row["depths"]) if x is not None]
+    grid("Needle, by length and depth (0 the first fifth)", deep, "{0}, {1}", lambda row: (row["length"], row["depth"]),
+         lambda row: row["score"])
+    kept = [dict(row, method=row["kind"]) for row in rows("anatomy")]
+    grid("Share kept, by kind of token", kept, "layer {0}, head {1}", lambda row: (row["layer"], row["head"]),
+         lambda row: row["kept"])
+    full = {length: np.mean([row["seconds"] for row in rows("rows") if row["method"] == "full" and row["length"] == length])
+            for length in {row["length"] for row in rows("rows")}}
+    grid("Seconds for the same prompts, over the full cache's", rows("rows"), "{0} tokens", lambda row: (row["length"],),
+         lambda row: row["seconds"] / full[row["length"]])
+
+    lengths = sorted({row["length"] for run in runs for row in run["rows"]})
+    text.append("\n| changed | seeds | " + " | ".join(f"{n} tokens: score, full cache's, cache" for n in lengths) + " |\n"
+                + "|---" * (len(lengths) + 2) + "|")
+    for change, group in groups.items():
+        cells = []
+        for n in lengths:
+            at = [[row for row in run["rows"] if row["length"] == n] for run in group]
+            get = lambda method, key: [np.mean([row[key] for row in one if row["method"] == method]) for one in at if one]
+            cells.append(f"{spread(get('namm', 'score'), 3)}, {np.mean(get('full', 'score')):.3f}, "
+                         f"{np.mean(get('namm', 'cache')):.2f}" if any(at) else "")
+        text.append(f"| {change or 'nothing'} | {len(group)} | " + " | ".join(cells) + " |")
+    print("\n".join(text))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Main
 
 def save(path, write):
     """Call write(temporary path), then move the file to `path`: it is there whole or not at all."""
@@ -469,11 +698,14 @@ def base_model(out, part, sizes, checkpoint, config, log):
     torch.manual_seed(config.seed)
     gpt = GPT(GPTConfig(**sizes)).to(config.device)
 
-    def sample(step):                                                      # short prompts first, long ones later
-        length = max(64, config.length // (4 if step < 0.25 * config.steps else 2 if step < 0.55 * config.steps else 1))
-        batch, target = data.training_batch(part, np.random.default_rng([config.seed, 0, step]),
-                                            config.batch_tokens // length, length, config.recall)
-        return on_device(batch, config.device), target.to(config.device)
+    def sample(step):
+        """Short prompts at first, then short and long ones. The heads are asked to recall once they have found their work."""
+        rng, done = np.random.default_rng([config.seed, 0, step]), step / config.steps
+        shorter = 4 if done < 0.25 else rng.choice([4, 2]) if done < 0.5 else rng.choice([4, 2, 1], p=[1 / 6, 1 / 6, 2 / 3])
+        length = max(64, config.length // int(shorter))
+        batch, words = data.training_batch(part, rng, config.batch_tokens // length, length,
+                                           config.recall if done >= 0.5 else 0.0)
+        return on_device(batch, config.device), words.to(config.device)
 
     log(f"training a GPT of {sum(p.numel() for p in gpt.parameters()):,} parameters")
     start = time.time()
@@ -500,19 +732,24 @@ def run(config, out, parts, sizes, checkpoint):
     for name, part in parts.items():
         log(f"{name:8s}{len(part.tokens):10,} tokens of text, {len(part.words):5,} words for keys")
     gpt = base_model(out, parts["train"], sizes, checkpoint, config, log)
-    params, statistics = evolve(gpt, parts, config, log)
+    params, statistics, cost = evolve(gpt, parts, config, log)
     mean, std = (x.cpu() for x in statistics)
     save(out / "namm.pt", lambda path: torch.save({"params": params, "mean": mean, "std": std}, path))
     rows = report(gpt, params, statistics, parts["report"], config)
-    result = {"config": dataclasses.asdict(config), "versions": versions, "seconds": time.time() - start, "rows": rows}
-    save(out / "results.json", lambda path: path.write_text(json.dumps(result, indent=1)))
-    log(table(rows, config))
+    result = {"config": dataclasses.asdict(config), "versions": versions, "evolution": cost, "rows": rows,
+              "stream": stream(gpt, params, statistics, parts["report"], config),
+              "curve": curve(gpt, params, statistics, parts["report"], config),
+              "anatomy": anatomy(gpt, params, statistics, parts["report"], config), "seconds": time.time() - start}
+    save(out / "results.json", lambda path: path.write_text(json.dumps(result).replace("}, {", "},\n {")))
+    log(table(rows))
     log(f"{out / 'results.json'} holds all of it; {time.time() - start:.0f} s")
 
 
 def main():
     """The whole run; what the user can mend ends in one line and exit code 2, before any work is done."""
     try:
+        if sys.argv[1:2] == ["--summary"]:
+            return summary(sys.argv[2:])
         config = parse()
         prepared = prepare(config)
     except (ValueError, OSError) as error:

@@ -5,7 +5,7 @@ Read in this order:
   2. KVCache        what one layer remembers of the tokens it read, and how slots are appended and evicted
   3. attend         attention over the cache: written out where the weights are wanted, fused elsewhere
   4. GPT            rotary positions, grouped-query attention, SwiGLU, RMSNorm; parameters named as in Meta's own files
-  5. train          Muon and AdamW, on prompts that somebody else draws
+  5. losses, train  Muon and AdamW, on prompts that somebody else draws; the heads are asked to recall as well
   6. read, generate the prompt in blocks through the cache, which a manager may cut after each block; then answers
 
 Letters: B rows, H query heads, K key/value heads, g = H / K query heads for each of them, T new tokens, S slots now in
@@ -30,8 +30,9 @@ class GPTConfig:
     vocab_size: int = 2048
     n_layer: int = 3
     n_head: int = 4
-    n_kv_head: int = 2
+    n_kv_head: int = 1
     n_embd: int = 64
+    head_dim: int = 32               # width of a head
     n_hidden: int = 176              # width inside SwiGLU
     rope_theta: float = 500_000.0    # base of the rotary angles
     rope_scale: float = 1.0          # NTK scaling: stretches the slow angles by this factor, leaves the fast ones
@@ -157,7 +158,7 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D = config.n_embd // config.n_head
+        D = config.head_dim
         self.n_head, self.n_kv_head, self.D = config.n_head, config.n_kv_head, D
         self.wq = nn.Linear(config.n_embd, config.n_head * D, bias=False)
         self.wk = nn.Linear(config.n_embd, config.n_kv_head * D, bias=False)
@@ -242,12 +243,12 @@ class GPT(nn.Module):
     def new_cache(self, rows, renumber=False):
         """An empty cache for `rows` rows: a list with a KVCache for each layer."""
         c, weight = self.config, self.tok_embeddings.weight
-        return [KVCache(weight.new_zeros(rows, c.n_kv_head, 0, c.n_embd // c.n_head), renumber) for _ in self.layers]
+        return [KVCache(weight.new_zeros(rows, c.n_kv_head, 0, c.head_dim), renumber) for _ in self.layers]
 
     def rotary_table(self, n):
         """(cos, sin) of the angles at positions 0..n-1, each (n, D/2)."""
         c = self.config
-        D = c.n_embd // c.n_head
+        D = c.head_dim
         theta = c.rope_theta * c.rope_scale ** (D / (D - 2))
         device = self.tok_embeddings.weight.device
         speed = theta ** (-torch.arange(0, D, 2, device=device) / D)       # (D/2,) radians a token
@@ -277,35 +278,47 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Training
 
-def answer_loss(gpt, batch, target):
-    """Mean cross-entropy of the answers, every prompt weighing the same, and of all other targets (N,L-1); and the share
-    of each prompt's answer tokens that are right, (N,)."""
-    answer = (batch.answer[:, 1:] > 0).float()                             # (N,L-1)
+def losses(gpt, batch, recall):
+    """Mean cross-entropy of the answers, every prompt weighing the same; that of all other tokens; that of `recall`; and
+    the share of each prompt's answer tokens that are right, (N,).
+
+    recall (N,L-1): at some places of a context a word that one KV head, drawn anew each time, is to name by what it alone
+    reads from the cache there, -1 at all others. It is asked of the heads, not of the GPT, which only predicts text."""
+    answer, target = (batch.answer[:, 1:] > 0).float(), batch.tokens[:, 1:]               # (N,L-1) each
+    c, read_by = gpt.config, []
+    wo = gpt.layers[int(torch.randint(c.n_layer // 3, c.n_layer, ()))].attention.wo
+    width = c.n_head // c.n_kv_head * c.head_dim                           # what a KV head's queries bring in
+    own = slice(start := width * int(torch.randint(c.n_kv_head, ())), start + width)
+    hook = wo.register_forward_pre_hook(lambda module, x: read_by.append(x[0][..., own]))
     logits = gpt(batch.tokens[:, :-1])                                     # (N,L-1,V)
+    hook.remove()
+    named = gpt.output(gpt.norm(read_by[0][recall >= 0] @ wo.weight[:, own].T))           # (places,V)
+    recalled = F.cross_entropy(named, recall[recall >= 0], reduction="sum") / max(1, len(named))
     loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(answer)
     share = answer / answer.sum(1, keepdim=True)
     right, asked = torch.zeros_like(loss), answer > 0                      # no arg-max over places that do not ask
     right[asked] = (logits[asked].argmax(-1) == target[asked]).float()
-    return (loss * share).sum(1).mean(), (loss * (1 - answer)).sum() / (1 - answer).sum(), (right * share).sum(1)
+    return ((loss * share).sum(1).mean(), (loss * (1 - answer)).sum() / (1 - answer).sum(), recalled,
+            (right * share).sum(1))
 
 
 def train(gpt, sample, steps, lr, precision):
     """Train the matrices of the layers by Muon, all else by AdamW: a short warm-up, then a straight decay to 5 %.
 
-    sample(step) gives the step's prompts, with tokens (N,L), answer (N,L), tasks [name] * N, and the targets (N,L-1). The
-    loss is that of the answers plus half that of the rest. `precision`: a context to compute the loss in."""
+    sample(step) gives the step's prompts, with tokens (N,L), answer (N,L), tasks [name] * N, and words to recall (N,L-1).
+    `precision`: a context to compute the loss in."""
     matrices = [p for name, p in gpt.layers.named_parameters() if p.dim() == 2 and "taps" not in name]
     others = [p for p in gpt.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = {torch.optim.Muon(matrices, weight_decay=0.0): 5 * lr,
                   torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0): lr}
     accuracy, bar = {}, tqdm(range(steps), desc="train GPT", mininterval=1, dynamic_ncols=True, disable=None)
     for step in bar:
-        batch, target = sample(step)
+        batch, recall = sample(step)
         for optimizer, peak in optimizers.items():
             optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / steps)
         with precision:
-            answers, text, right = answer_loss(gpt, batch, target)
-        (answers + 0.5 * text).backward()
+            answers, text, recalled, right = losses(gpt, batch, recall)
+        (answers + 0.5 * text + recalled).backward()
         nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()

@@ -10,13 +10,16 @@ After Cetin, Sun, Zhao, Tang: An Evolved Universal Transformer Memory, ICLR 2025
   6. namm             the five together, as a manager of a cache
   7. BASELINES        hand-made rules behind the same interface
 
+To see what a part is worth, there are plainer ones in its place: `values` and `moments` for 1, `linear_scores` and
+`mlp_scores` for 4, and SEES, which blinds the scorer to one half of its features. A first reading may skip them.
+
 This file knows nothing of the GPT: it sees attention tensors, and a cache (keys, positions, alive, state, evict).
 Letters: P candidates (parameter vectors), B rows = P x prompts, candidate-major (all prompts of the first candidate,
 then all of the second), K key/value heads, T new tokens since the last run, S slots in the cache, F frequency bins.
 """
 
 import torch
-from torch.nn.functional import avg_pool1d, scaled_dot_product_attention
+from torch.nn.functional import avg_pool1d, pad, scaled_dot_product_attention
 
 N_FFT, HOP = 32, 16                # samples in a window, and from one window to the next
 F = N_FFT // 2 + 1                 # 17 frequency bins
@@ -27,6 +30,7 @@ WIDTH = 32                         # of the backward attention
 SHAPES = {"Wqkv": (N_IN, 3 * WIDTH), "bqkv": (3 * WIDTH,), "Wo": (WIDTH, 2 * N_IN), "bo": (2 * N_IN,),
           "w": (N_IN, 1), "b": (1,)}                                      # the flat vector, in this order, row-major
 N_PARAMS = sum(torch.Size(shape).numel() for shape in SHAPES.values())    # 4172
+HIDDEN = 16                        # of the scorer "mlp"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,6 +55,19 @@ def spectrogram(attention, tail):
     waves[:, :, 1:] += fourier[:, :HOP] @ samples[:, :, :-1]
     magnitudes = (waves[..., :F, :].square() + waves[..., F:, :].square()).sqrt()                # (B,K,frames,F,S)
     return magnitudes.permute(0, 1, 4, 2, 3), samples[:, :, -1].transpose(-1, -2)
+
+
+def values(attention, tail):
+    """In place of `spectrogram`, to see what Fourier is worth: a frame's 16 new values as they are, and a zero."""
+    B, K, T, S = attention.shape
+    samples = attention.float().reshape(B, K, T // HOP, HOP, S).permute(0, 1, 4, 2, 3)           # (B,K,S,frames,HOP)
+    return pad(samples, (0, F - HOP)), samples[:, :, :, -1]
+
+
+def moments(attention, tail):
+    """In place of `spectrogram`: mean and maximum of a frame's 16 new values, and zeros."""
+    samples, tail = values(attention, tail)
+    return pad(torch.stack([samples.sum(-1) / HOP, samples.amax(-1)], dim=-1), (0, F - 2)), tail
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,10 +96,14 @@ def features(average, age, mean, std):
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Features -> scores: backward attention memory (section 3.2)
 
-def unpack(params):
-    """params (P, N_PARAMS) -> {name: (P, *shape)}, views, in the order of SHAPES."""
-    pieces = params.split([torch.Size(shape).numel() for shape in SHAPES.values()], dim=1)
-    return {name: piece.unflatten(1, shape) for (name, shape), piece in zip(SHAPES.items(), pieces)}
+SEES = ("all", "spectrum", "age", "values", "moments")                    # what the scorer is given; all is the paper
+BLIND = {"spectrum": slice(0, N_AGE), "age": slice(N_AGE, N_IN)}          # which of the 25 it is then given as zero
+
+
+def unpack(params, shapes):
+    """params (P, n) -> {name: (P, *shape)}, views, in the order of `shapes`."""
+    pieces = params.split([torch.Size(shape).numel() for shape in shapes.values()], dim=1)
+    return {name: piece.unflatten(1, shape) for (name, shape), piece in zip(shapes.items(), pieces)}
 
 
 def bam_scores(features, params):
@@ -94,13 +115,40 @@ def bam_scores(features, params):
     seen by no live one. Its output is a residual and a multiplier for the features: h = x (1 + m) + r, score = h.w + b.
     """
     B, K, S, _ = features.shape
-    p = unpack(params)
+    p = unpack(params, SHAPES)
     x = features.reshape(len(params), -1, N_IN)                            # (P, prompts K S, 25)
     qkv = torch.baddbmm(p["bqkv"][:, None], x, p["Wqkv"])
     q, k, v = qkv.view(B, K, S, 3 * WIDTH).flip(2).split(WIDTH, dim=-1)    # (B,K,S,32) each, newest first
     o = scaled_dot_product_attention(q, k, v, is_causal=True).flip(2).reshape(len(params), -1, WIDTH)
     r, m = torch.baddbmm(p["bo"][:, None], o, p["Wo"]).chunk(2, dim=-1)    # (P, prompts K S, 25) each
     return torch.baddbmm(p["b"][:, None], x * (1 + m) + r, p["w"]).view(B, K, S)
+
+
+def linear_scores(features, params):
+    """In place of `bam_scores`: w.x + b, 26 parameters."""
+    p = unpack(params, SCORERS["linear"][1])
+    x = features.reshape(len(params), -1, N_IN)
+    return torch.baddbmm(p["b"][:, None], x, p["w"]).view(features.shape[:3])
+
+
+def mlp_scores(features, params):
+    """In place of `bam_scores`: one hidden layer, 433 parameters; a token is judged without the others."""
+    p = unpack(params, SCORERS["mlp"][1])
+    x = features.reshape(len(params), -1, N_IN)
+    x = torch.baddbmm(p["b1"][:, None], x, p["W1"]).tanh()                 # (P, prompts K S, 16)
+    return torch.baddbmm(p["b"][:, None], x, p["w"]).view(features.shape[:3])
+
+
+SCORERS = {"bam": (bam_scores, SHAPES), "linear": (linear_scores, {"w": (N_IN, 1), "b": (1,)}),
+           "mlp": (mlp_scores, {"W1": (N_IN, HIDDEN), "b1": (HIDDEN,), "w": (HIDDEN, 1), "b": (1,)})}
+
+
+def scale(scorer):
+    """One over the root of the number of inputs of each parameter, (n,): steps in these units disturb all alike. A bias
+    counts as one more row of its matrix."""
+    fan_in = {"bqkv": N_IN, "bo": WIDTH, "b1": N_IN, "b": SCORERS[scorer][1]["w"][0]}
+    return torch.cat([torch.full((torch.Size(shape).numel(),), fan_in.get(name, shape[0]) ** -0.5)
+                      for name, shape in SCORERS[scorer][1].items()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,40 +178,48 @@ def keep_best(scores, budget):
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. The manager
 
-def spectra(cache, attention):
+def spectra(cache, attention, sees):
     """Steps 1 and 2 for one layer: what each slot received in this block, added to what the cache remembers of it."""
     B, K, T, S = attention.shape
     attention = attention.float()
     if "spectrum" not in cache.state:
         cache.state = {"tail": attention.new_zeros(B, K, S, HOP), "spectrum": attention.new_zeros(B, K, S, F)}
-    magnitudes, cache.state["tail"] = spectrogram(attention, cache.state["tail"])
+    transform = {"values": values, "moments": moments}.get(sees, spectrogram)
+    magnitudes, cache.state["tail"] = transform(attention, cache.state["tail"])
     cache.state["spectrum"] = moving_average(magnitudes, cache.state["spectrum"])
     return cache.state["spectrum"]
 
 
-def namm(params, mean, std, threshold=0.0, capacity=None):
+def namm(params, mean, std, threshold=0.0, capacity=None, sees="all", scorer="bam", per_head=True):
     """A manager for GPT.hidden: called after each layer's attention, it evicts.
 
-    params (P,4172), mean and std (F,). A head keeps its best `capacity` slots at the most, whatever their scores. Until
-    the first eviction all candidates share one computation: the cache comes with one row a prompt, and leaves with P."""
+    params (P,n), n = 4172 for BAM; mean and std (F,). A head keeps its best `capacity` slots at the most, whatever their
+    scores. Until the first eviction all candidates share one computation: the cache comes with one row a prompt, and
+    leaves with P. The other switches are for ablations: see SEES and SCORERS; without `per_head` all heads of a layer
+    drop the same tokens, by the mean of their scores."""
     def manage(layer, cache, attention):
         with torch.autocast(attention.device.type, enabled=False):         # float32 here, whatever the GPT computes in
-            x = features(spectra(cache, attention), cache.seen - 1 - cache.positions, mean, std)
+            x = features(spectra(cache, attention, sees), cache.seen - 1 - cache.positions, mean, std)
+            if sees in BLIND:
+                x[..., BLIND[sees]] = 0.0
             if cache.copies < len(params):
                 cache.repeat(len(params))
                 x = x.repeat(len(params), 1, 1, 1)
-            scores = bam_scores(x, params).masked_fill(~cache.alive, -torch.inf)
+            scores = SCORERS[scorer][0](x, params)
+            if not per_head:
+                scores = scores.mean(1, keepdim=True).expand_as(scores)
+            scores = scores.masked_fill(~cache.alive, -torch.inf)
             keep = keep_mask(scores, threshold)
             cache.evict(keep & keep_best(scores, capacity) if capacity else keep)
     return manage
 
 
-def statistics(totals):
+def statistics(totals, sees="all"):
     """A manager that evicts nothing and adds up count, sum and sum of squares of the spectra, in `totals` (3,F) float64,
     over rows, heads, slots, layers and runs. See `mean_std`."""
     def manage(layer, cache, attention):
         with torch.autocast(attention.device.type, enabled=False):
-            x = spectra(cache, attention).double().flatten(0, 2)           # (B K S, F)
+            x = spectra(cache, attention, sees).double().flatten(0, 2) # (B K S, F)
         totals.add_(torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]))
     return manage
 

@@ -18,7 +18,7 @@ import evolve
 import model
 import namm
 
-SIZES = dict(vocab_size=97, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48)
+SIZES = dict(vocab_size=97, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, n_hidden=48)
 
 
 def tiny_gpt(seed=0, **changes):
@@ -38,7 +38,7 @@ def some_tokens(rows, n, seed=1):
 
 def naive_logits(gpt, tokens, visible=None):
     """One row through the GPT, token by token and head by head in plain loops. visible(layer, head, query, slot) -> bool."""
-    c, D = gpt.config, gpt.config.n_embd // gpt.config.n_head
+    c, D = gpt.config, gpt.config.head_dim
     x = gpt.tok_embeddings.weight[tokens]
     theta = c.rope_theta * c.rope_scale ** (D / (D - 2))
 
@@ -234,6 +234,55 @@ def test_bam_scores_equal_the_naive_loop():
     for row in range(6):
         for head in range(2):
             torch.testing.assert_close(got[row, head], naive_bam(x[row, head], params[row // 2]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scorer", ["linear", "mlp"])
+def test_small_scorers_by_hand(scorer):
+    """Catches: weights taken in another order, one candidate's applied to another's rows, a missing nonlinearity."""
+    torch.manual_seed(0)
+    score, shapes = namm.SCORERS[scorer]
+    n = sum(math.prod(shape) for shape in shapes.values())
+    x, params = torch.randn(4, 1, 5, 25), torch.randn(2, n)
+    assert n == {"linear": 26, "mlp": 433}[scorer] == len(namm.scale(scorer))
+    for row in range(4):
+        p = params[row // 2]
+        if scorer == "linear":
+            want = x[row, 0] @ p[:25] + p[25]
+        else:
+            want = torch.tanh(x[row, 0] @ p[:400].view(25, 16) + p[400:416]) @ p[416:432] + p[432]
+        torch.testing.assert_close(score(x, params)[row, 0], want, atol=1e-4, rtol=1e-4)
+
+
+def test_plain_values_and_moments_are_those_of_each_frame():
+    """Catches: frames and slots mixed up, a mean that counts the padding, a tail that is not carried."""
+    attention = torch.rand(2, 1, 48, 3)
+    got, tail = namm.values(attention, None)
+    both, _ = namm.moments(attention, None)
+    for frame in range(3):
+        piece = attention[1, 0, 16 * frame:16 * frame + 16, 2]
+        assert got[1, 0, 2, frame].tolist() == piece.tolist() + [0.0]
+        assert both[1, 0, 2, frame].tolist() == pytest.approx([piece.mean().item(), piece.max().item()] + [0.0] * 15)
+    assert torch.equal(tail[1, 0, 2], attention[1, 0, -16:, 2])
+
+
+def test_what_the_scorer_may_not_see_changes_nothing():
+    """With features "age" the attention, with "spectrum" the age, must not matter; heads "together" keep the same tokens.
+    Catches: a switch that does nothing, or blinds the wrong half."""
+    torch.manual_seed(0)
+    params, mean, std = torch.randn(1, 4172), 0.1 * torch.rand(17), 0.05 + torch.rand(17)
+
+    def kept(attention, positions, **switches):
+        cache = Six()
+        cache.positions, cache.seen, cache.copies = positions.expand(1, 2, 6), 100, 1
+        namm.namm(params, mean, std, threshold=-math.inf, capacity=3, **switches)(0, cache, attention)
+        return cache.kept[0].tolist()
+
+    a, b, near, far = torch.rand(1, 2, 16, 6), torch.rand(1, 2, 16, 6), torch.arange(94, 100), torch.arange(0, 100, 19)
+    assert kept(a, near, sees="age") == kept(b, near, sees="age") != kept(a, far, sees="age")
+    assert kept(a, near, sees="spectrum") == kept(a, far, sees="spectrum") != kept(b, near, sees="spectrum")
+    assert kept(a, near)[0] != kept(a, near)[1]
+    together = kept(a, near, per_head=False)
+    assert together[0] == together[1]
 
 
 def test_dead_slots_change_no_score():
@@ -510,6 +559,52 @@ def test_prompts_can_be_answered_and_answers_come_after_the_context(parts, task,
                 assert question + reply in context
 
 
+def test_words_to_recall_were_read_before_and_are_asked_for(parts):
+    """Catches: a head that is asked for a word it cannot have read, or for one that nobody will want."""
+    batch, words = data.training_batch(parts[2]["train"], np.random.default_rng(0), 40, 256, 0.25)
+    places = words >= 0
+    assert 0.1 < places[:, :batch.context].float().mean() < 0.25 and not places[:, batch.context:].any()
+    for row, place in places.nonzero().tolist():
+        word = words[row, place]
+        assert batch.tasks[row] != "lm" and word in batch.tokens[row, :place] and word in batch.tokens[row][batch.answer[row] > 0]
+
+
+def test_recall_is_asked_of_one_head_alone(parts):
+    """Against the output of an attention layer whose other heads are cut off by zeros. Catches: what one head read going
+    through another's part of the output matrix, or a residual stream that helps it."""
+    torch.manual_seed(0)
+    gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, head_dim=8,
+                                    n_hidden=32))
+    for p in gpt.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    batch, words = data.training_batch(parts[2]["train"], np.random.default_rng(0), 8, 64, 0.5)
+    want, places = {}, words >= 0
+    for i in (1, 2):                                                       # the first third of the layers is not asked
+        for head in (0, 1):
+            attention, out = gpt.layers[i].attention, []
+            whole = attention.wo.weight.data.clone()
+            attention.wo.weight.data[:, 16 - 16 * head:32 - 16 * head] = 0.0
+            hook = attention.register_forward_hook(lambda module, x, y: out.append(y[0]))
+            with torch.no_grad():
+                gpt(batch.tokens[:, :-1])
+                want[i, head] = F.cross_entropy(gpt.output(gpt.norm(out[0][places])), words[places]).item()
+            attention.wo.weight.data = whole
+            hook.remove()
+    with torch.no_grad():
+        got = [model.losses(gpt, batch, words)[2].item() for _ in range(40)]
+    nearest = [min(want, key=lambda which: abs(want[which] - loss)) for loss in got]
+    assert all(loss == pytest.approx(want[which], abs=1e-4) for loss, which in zip(got, nearest)) and set(nearest) == set(want)
+
+
+def test_depth_finds_the_needle(parts):
+    """Catches: a depth counted from the wrong end."""
+    batch = data.batch(parts[2]["report"], ["needle"] * 30, np.random.default_rng(3), 512)
+    for tokens, depth in zip(batch.tokens, data.depth(batch).tolist()):
+        text = parts[1].decode(tokens[:batch.context].tolist())
+        before = len(parts[1].encode_ordinary(text[:text.rindex("The name of")]))
+        assert abs(before / batch.context - (depth + 0.5) / 5) < 0.12
+
+
 def test_exact_match_is_what_greedy_decoding_would_write(parts):
     """Teacher forcing against real greedy decoding from the full cache, on a GPT that is right about half the time.
     Catches: answers shifted by one, answers counted together, a log-likelihood over the wrong tokens."""
@@ -566,28 +661,44 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(tmp_path):
     assert first.returncode == 0, first.stderr
     results = json.loads((out / "results.json").read_text())
     rows = {(row["method"], row["task"], row["length"]): row for row in results["rows"]}
-    methods = {"full", "namm", "random", "recent", "streaming", "h2o", "l2", "tova", "snapkv"}
-    assert set(rows) == {(m, t, n) for m in methods for t in data.TASKS for n in (64, 128, 256)}
+    methods = {"full", "ntk", "namm", "random", "recent", "streaming", "h2o", "l2", "tova", "snapkv"}
+    assert set(rows) == {(m, t, n) for n in (64, 256, 1024) for m in (methods if n < 1024 else evolve.FAR) for t in data.TASKS}
     for (method, task, length), row in rows.items():
-        assert set(row) == {"method", "task", "length", "score", "logprob", "relative", "cache", "seed"}
-        if method == "full":
-            assert row["cache"] == 1 and row["relative"] in (1, None)
+        assert set(row) - {"depths"} == {"method", "task", "length", "score", "logprob", "relative", "cache", "seed", "lead",
+                                         "lead_se", "seconds"} and ("depths" in row) == (task == "needle")
+        assert row["lead"] == pytest.approx(rows["namm", task, length]["score"] - row["score"], abs=1e-6)
+        if method in ("full", "ntk"):
+            assert row["cache"] == 1 and (method == "ntk" or row["relative"] in (1, None))
         elif method != "namm":                                             # at least NAMM's cache, at most a slot more
             context = length - data.room(length)
             assert 0 <= row["cache"] - rows["namm", task, length]["cache"] <= 1 / context + 1e-6
     changed = (out / "gpt.pt").stat().st_mtime
     second = run("--preset", "smoke", "--out", out, "--device", "cpu")
     assert second.returncode == 0 and (out / "gpt.pt").stat().st_mtime == changed
-    assert json.loads((out / "results.json").read_text())["rows"] == results["rows"]       # the same run, again
+    again = json.loads((out / "results.json").read_text())                 # the same run, again; only its time differs
+    untimed = lambda result: [dict(row, seconds=0) for row in result["rows"]] + result["stream"] + result["curve"]
+    assert untimed(again) == untimed(results)
     other = run("--preset", "smoke", "--out", out, "--steps", 3, "--device", "cpu")
     assert other.returncode == 2 and "steps 3" in other.stderr and len(other.stderr.splitlines()) == 1
+
+
+def test_table_by_hand():
+    """Means over tasks, then over seeds; the ratio of means; the interval. Catches: a mean of ratios, a standard error that
+    forgets the number of tasks or seeds."""
+    rows = [dict(method=method, task=task, length=64, seed=seed, cache=0.25, score=value + 0.1 * seed, lead=0.5 - value,
+                 lead_se=0.03) for method, value in (("full", 0.2), ("namm", 0.5)) for task in data.TASKS for seed in (0, 1)]
+    full = next(line for line in evolve.table(rows).split("\n") if line.startswith("| full"))
+    assert full.split(" | ")[-4:] == ["0.250 ± 0.071", "1.00 ± 0.00", "0.25", "+0.300 ± 0.015 |"]
+    namm_line = next(line for line in evolve.table(rows).split("\n") if line.startswith("| namm"))
+    assert namm_line.split(" | ")[-3].startswith("2.25")                   # mean of 2.5 and 2.0 over seeds
 
 
 @pytest.mark.parametrize("arguments, says", [
     (["--corpus", "{dir}/missing"], "no such file"), (["--corpus", "{dir}/empty.txt"], "empty"),
     (["--corpus", "{dir}/binary.txt"], "not"), (["--corpus", "{dir}/short.txt"], "too short"),
     (["--corpus", "{dir}/nothing"], "no .txt"), (["--delay", "50"], "multiple of 16"), (["--popsize", "1"], "popsize"),
-    (["--n_head", "0"], "n_head"), (["--n_head", "3"], "n_embd"), (["--evolve_at", "2,0"], "evolve_at"),
+    (["--n_head", "0"], "n_head"), (["--n_head", "3", "--n_kv_head", "2"], "n_kv_head"), (["--head_dim", "5"], "head_dim"), (["--features", "x"], "features"),
+    (["--scorer", "x"], "scorer"), (["--heads", "x"], "heads"), (["--stages", "4"], "stages"), (["--evolve_at", "2,0"], "evolve_at"),
     (["--evolve_at", "a"], "evolve_at"), (["--sigma", "-1"], "sigma"), (["--unknown", "1"], "unknown"),
     (["--preset", "huge"], "preset"), (["--covariance", "none"], "covariance"), (["--positions", "x"], "positions"),
     (["--base", "{dir}/missing"], "gpt.pt"), (["--tokenizer", "no-such-encoding"], "tokenizer"), (["--device", "tpu"], "device"),
