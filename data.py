@@ -275,14 +275,14 @@ def count(part, rng, n, room):
 
 
 def trace(part, rng, n, room):
-    """Variables set to words, then others set to those variables: RULER's variable tracking.
-    Context: `... let header = optional ... let linear = header ...` question: `value linear` answer: ` optional`."""
+    """Variables set to words, then others set to those variables; the value of any, one hop away or two: RULER's variable
+    tracking. Context: `... let header = optional ... let linear = header ...` question: `value linear` answer: ` optional`."""
     let, equals, end, total = part.encode("let"), part.encode(" ="), part.encode("\n"), facts(n, 12, 4)
     words, values = part.pick(rng, 2 * total), part.answers(rng, total)
     first, second = words[:total], words[total:]
     lines = [let + [a] + equals + [b] + end for a, b in list(zip(first, values)) + list(zip(second, first))]
-    return weave(part, rng, lines, n), [(part.encode("\nvalue") + [second[i]], [values[i]])
-                                        for i in rng.permutation(total)]
+    asks = [(part.encode("\nvalue") + [words[i]], [values[i % total]]) for i in rng.permutation(2 * total)]
+    return weave(part, rng, lines, n), asks
 
 
 def copy(part, rng, n, room):
@@ -293,6 +293,13 @@ def copy(part, rng, n, room):
     values = [[token for token in part.text(rng, 64) if not part.blank[token]][:4] for _ in asks]
     context = weave(part, rng, [ask + value + end for ask, value in zip(asks, values)], n)
     return context, [(end + asks[i], values[i]) for i in rng.permutation(len(asks))]
+
+
+def quote(part, rng, n, room):
+    """Six tokens from anywhere in the text, and the two after them. Not in TASKS: nothing tells in advance what to keep.
+    Context: `...for key in sorted(self.keys()):` question: `\nfor key in sorted(self` answer: `.keys`."""
+    text, end = part.text(rng, n), part.encode("\n")
+    return text, [(np.concatenate([end, text[at:at + 6]]), text[at + 6:at + 8]) for at in rng.integers(n - 8, size=4)]
 
 
 TASKS = {task.__name__: task for task in (lm, needle, multikey, kv, passage, count, trace, copy)}
@@ -316,12 +323,13 @@ def room(length):
 
 
 def batch(part, tasks, rng, length):
-    """One prompt for each name in `tasks`, as a Batch. Questions are asked one after the other while they fit."""
+    """One prompt for each of `tasks`, a name in TASKS or a function like them, as a Batch. Questions are asked one after
+    the other while they fit."""
     n, pad = length - room(length), part.encode("\n")[0]
     tokens = np.full((len(tasks), length), pad, dtype=np.int64)
     answer = np.zeros((len(tasks), length), dtype=np.int64)
     for i, task in enumerate(tasks):
-        tokens[i, :n], questions = TASKS[task](part, rng, n, room(length))
+        tokens[i, :n], questions = TASKS.get(task, task)(part, rng, n, room(length))
         at = n
         for j, (question, reply) in enumerate(questions):
             if at + len(question) + len(reply) > length:

@@ -12,6 +12,7 @@ Read in this order:
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -84,7 +85,8 @@ class Config:
     choose_prompts: int = setting(8, "prompts for each task in a validation")
     # report
     report_prompts: int = setting(32, "prompts for each task and length in the report")
-    report_at: tuple = setting((1, 4, 16), "lengths to report at, in training lengths")
+    report_at: tuple = setting((1, 4, 8, 16), "lengths to report at, in training lengths")
+    methods: str = setting("", "methods to report on, such as namm,full, and no more than that; if not given, all")
     rows: int = setting(16, "rows (candidates x prompts) read at once: few, since all are padded to the largest cache")
 
 
@@ -147,6 +149,8 @@ def check(c):
         (c.delay <= shortest - data.room(shortest), f"--delay {c.delay}: the context of the prompts to evolve on has "
          f"{shortest - data.room(shortest)} tokens, so nothing would ever be evicted"),
         (c.popsize >= 4, "--popsize must be 4 or more"),
+        (not c.methods or {"namm", "full"} <= set(c.methods.split(",")) <= set(METHODS),
+         f"--methods: namm and full, and any of {', '.join(METHODS[2:])}"),
         (0 <= c.recall < 1, "--recall must be 0 or more, and below 1"),
         (c.capacity >= 0, "--capacity must be 0 or more"),
         (c.vocab_size > 266, "--vocab_size must be above 266: 256 bytes, ten digits, and what is learned"),
@@ -274,7 +278,7 @@ def evaluate(gpt, batch, config, manage=None, weights=False):
     n = batch.context
     with precision(config.device):
         cache = gpt.new_cache(len(batch.tokens), config.positions == "renumbered")
-        read(gpt, batch.tokens[:, :n], cache, config.delay, manage, weights)
+        read(gpt, batch.tokens[:, :n], cache, config.delay if manage else n, manage, weights)    # uncut: in one block
         kept = torch.stack([layer.kept() for layer in cache]).mean(0)                        # (B,)
         copies = cache[0].copies
         tokens, answer = batch.tokens[:, n:].repeat(copies, 1), batch.answer[:, n:].repeat(copies, 1)    # (B,Q)
@@ -404,7 +408,8 @@ def evolve(gpt, parts, config, log):
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Report
 
-FAR = ("namm", "full", "ntk", "streaming", "h2o", "tova", "snapkv")        # methods worth their time beyond 4 x
+METHODS = ("namm", "full", "ntk", *namm.BASELINES)
+FAR = ("namm", "full", "ntk", "streaming", "h2o")                          # worth their time beyond 4 x
 
 
 def ask(gpt, batches, config, manage, weights):
@@ -428,17 +433,18 @@ def report(gpt, params, statistics, part, config):
     that task at that length. `ntk` is the full cache with the rotary base scaled to the length, as one would extend a GPT's
     context without training. `lead`: NAMM's score minus the method's; `lead_se`, its standard error over prompts, paired.
     `seconds` for all prompts. For needle, `depths`: the score by where it was, in five equal parts of the context."""
-    rows, methods = [], ["namm", "full", "ntk", *namm.BASELINES]
-    total = sum(len(data.TASKS) * (len(methods) if times <= 4 else len(FAR)) for times in config.report_at)
+    wanted = config.methods.split(",") if config.methods else METHODS
+    chosen = {times: [m for m in METHODS if m in wanted and (times <= 4 or m in FAR)] for times in config.report_at}
+    rows, total = [], len(data.TASKS) * sum(map(len, chosen.values()))
     bar = tqdm(total=total, desc="report", mininterval=1, dynamic_ncols=True, disable=None)
     for times in config.report_at:
         for t, task in enumerate(data.TASKS):
             length, rng = times * config.length, np.random.default_rng([config.seed, 4, times, t])
-            asked = config.report_prompts if times <= 4 else math.ceil(config.report_prompts / 8)
+            asked = config.report_prompts if times <= 4 else math.ceil(config.report_prompts * 3 / 8)
             counts = [min(config.rows, asked - i) for i in range(0, asked, config.rows)]
             batches = [prompts(part, task, count, rng, length, config.device) for count in counts]
             at, budget = {}, None
-            for method in [m for m in methods if times <= 4 or m in FAR]:
+            for method in chosen[times]:
                 began = time.time()
                 gpt.config.rope_scale = config.rope_scale * (times if method == "ntk" else 1)
                 exact, _, logprob, cache = ask(gpt, batches, config, *rule(method, params, statistics, budget, config))
@@ -491,23 +497,19 @@ def stream(gpt, params, statistics, part, config):
 def curve(gpt, params, statistics, part, config):
     """Score at one and the same number of slots for every method: [{method, length, slots, score, seed}], mean over tasks.
     NAMM keeps its best `slots`, whatever their scores: one evolved vector gives the whole curve."""
-    rows = []
-    for times in [times for times in config.report_at if times <= 4]:
-        for slots in (config.length // 16, config.length // 8, config.length // 4, config.length * 3 // 8):
-            for method in ("namm", "streaming", "h2o", "tova", "snapkv"):
-                scores = []
-                for t, task in enumerate(data.TASKS):
-                    rng = np.random.default_rng([config.seed, 7, times, t])
-                    count = min(config.rows, config.report_prompts)
-                    batch = prompts(part, task, count, rng, times * config.length, config.device)
-                    manage, weights = rule(method, params, statistics, slots, config)
-                    if method == "namm":
-                        manage = manager(params[None].to(config.device), statistics, config, threshold=-math.inf,
-                                         capacity=slots)
-                    exact, _, logprob, _ = evaluate(gpt, batch, config, manage, weights)
-                    scores.append(score(task, exact, logprob))
-                rows.append(dict(method=method, length=times * config.length, slots=slots, score=float(np.mean(scores)),
-                                 seed=config.seed))
+    rows, lengths = [], [times * config.length for times in config.report_at if times != 8]
+    for length, slots in itertools.product(lengths, [config.length // 16 * n for n in (1, 2, 4, 6)]):
+        for method in ("namm", "streaming", "h2o", "tova", "snapkv"):
+            scores = []
+            for t, task in enumerate(data.TASKS):
+                rng = np.random.default_rng([config.seed, 7, length, t])
+                batch = prompts(part, task, min(config.rows, config.report_prompts), rng, length, config.device)
+                manage, weights = rule(method, params, statistics, slots, config)
+                if method == "namm":
+                    manage = manager(params[None].to(config.device), statistics, config, threshold=-math.inf, capacity=slots)
+                exact, _, logprob, _ = evaluate(gpt, batch, config, manage, weights)
+                scores.append(score(task, exact, logprob))
+            rows.append(dict(method=method, length=length, slots=slots, score=float(np.mean(scores)), seed=config.seed))
     return rows
 
 
@@ -563,8 +565,29 @@ def anatomy(gpt, params, statistics, part, config):
     return rows
 
 
+def lost(gpt, params, statistics, part, config):
+    """What no manager can know in advance: six tokens from anywhere in the text, how does it go on? A probe beside the tasks,
+    never trained or evolved on: [{method, length, score, logprob, seed}]."""
+    rows = []
+    for times, method in itertools.product([times for times in config.report_at if times <= 4], ("full", "namm")):
+        rng = np.random.default_rng([config.seed, 9, times])
+        batches = [on_device(data.batch(part, [data.quote] * config.rows, rng, times * config.length), config.device)
+                   for _ in range(math.ceil(config.report_prompts / config.rows))]
+        exact, _, logprob, _ = ask(gpt, batches, config, *rule(method, params, statistics, None, config))
+        rows.append(dict(method=method, length=times * config.length, score=exact.mean().item(),
+                         logprob=logprob.mean().item(), seed=config.seed))
+    return rows
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Tables
+# 6. Tables and pictures
+
+def save(path, write):
+    """Call write(temporary path), then move the file to `path`: it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
 
 def spread(values, digits=2):
     """Mean, and standard deviation if there are several, as text."""
@@ -597,18 +620,64 @@ def table(rows):
     return "\n".join(text) + "\n"
 
 
+def svg(path, width, height, body):
+    """Write a picture that reads well on a light and on a dark page."""
+    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+                    'font-size="12"><style>text{fill:#333}path{fill:none;stroke-width:2}.g{stroke:#8886;stroke-width:1}'
+                    f'@media(prefers-color-scheme:dark){{text{{fill:#ddd}}}}</style>{"".join(body)}</svg>')
+
+
+COLORS = {"namm": "#e8590c", "h2o": "#1c7ed6", "tova": "#2f9e44", "snapkv": "#be4bdb", "streaming": "#868e96", "full": "#c92a2a"}
+
+
+def picture_curve(rows, full, path):
+    """Score against slots, one panel a length: rows of `curve`; full {length: score}, a dashed line."""
+    body, slots = [], sorted({row["slots"] for row in rows})
+    for panel, length in enumerate(sorted({row["length"] for row in rows})):
+        x = lambda n: 40 + 240 * panel + 190 * math.log2(n / slots[0]) / math.log2(slots[-1] / slots[0])
+        y = lambda score: 200 - 170 * score
+        body.append(f'<text x="{x(slots[0])}" y="14">{length} tokens</text>')
+        for tick in (0, 0.25, 0.5, 0.75, 1):
+            body.append(f'<path class="g" d="M{x(slots[0])} {y(tick)}H{x(slots[-1])}"/>'
+                        f'<text x="{x(slots[0]) - 28}" y="{y(tick) + 4}">{tick}</text>')
+        body += [f'<text x="{x(n) - 7}" y="218">{n}</text>' for n in slots]
+        lines = {method: [np.mean([row["score"] for row in rows if (row["method"], row["length"], row["slots"]) ==
+                                   (method, length, n)]) for n in slots] for method in COLORS if method != "full"}
+        for method, line in (lines | {"full": [full[length]] * len(slots)}).items():
+            points = "L".join(f"{x(n):.0f} {y(score):.0f}" for n, score in zip(slots, line))
+            body.append(f'<path stroke="{COLORS[method]}" d="M{points}"{" stroke-dasharray=" + chr(34) + "4" + chr(34) if method == "full" else ""}/>')
+    for i, (method, color) in enumerate(COLORS.items()):
+        body.append(f'<path stroke="{color}" d="M{40 + 110 * i} 240h20"/><text x="{65 + 110 * i}" y="244">{method}</text>')
+    svg(path, 740, 255, body)
+
+
+def picture_needle(rows, path):
+    """Share of needles found, depth down, length across, one panel a method: rows of `report`."""
+    body, lengths = ['<text x="0" y="60">first</text><text x="0" y="140">last fifth</text>'], sorted({row["length"] for row in rows})
+    for panel, method in enumerate(FAR):
+        body.append(f'<text x="{70 + 130 * panel}" y="14">{method}</text>')
+        for column, depth in itertools.product(range(len(lengths)), range(5)):
+            found = np.mean([row["depths"][depth] for row in rows if row["task"] == "needle" and row["method"] == method
+                             and row["length"] == lengths[column] and row["depths"][depth] is not None])
+            x, y = 70 + 130 * panel + 28 * column, 44 + 22 * depth
+            body.append(f'<rect x="{x}" y="{y}" width="27" height="21" fill="hsl({120 * found:.0f} 55% 50%)"/>'
+                        f'<text x="{x + 3}" y="{y + 15}" style="fill:#fff;font-size:10px">{found:.2f}</text>')
+        body += [f'<text x="{70 + 130 * panel + 28 * column}" y="38" style="font-size:9px">{n}</text>' for column, n in enumerate(lengths)]
+    svg(path, 720, 160, body)
+
+
 def summary(paths):
     """Markdown from the results.json of several runs. The first run and those that differ from it only in seed and base are
     one group: tables of means over seeds. All other runs are grouped by what they changed, one line a group."""
     runs = [json.loads(pathlib.Path(path).read_text()) for path in paths]
-    free = {"seed", "base", "out", "device", "report_prompts", "report_at"}
+    free = {"seed", "base", "out", "device", "report_prompts", "report_at", "methods"}
     first = runs[0]["config"]
     changed = lambda run: ", ".join(f"{k} {v}" for k, v in run["config"].items() if k not in free and v != first.get(k))
     groups = {}
     for run in runs:
         groups.setdefault(changed(run), []).append(run)
     rows = lambda name: [row for run in groups[""] for row in run[name]]
-    text = [table(rows("rows"))]
+    text = [table(rows("report"))]
 
     def grid(title, rows, across, value, cell):
         """A table of the mean of `cell` over seeds: a line a method, a column for each value(row)."""
@@ -621,43 +690,40 @@ def summary(paths):
 
     grid("Bits per token of streamed text", rows("stream"), "{0}-{1}", lambda row: (row["from"], row["to"]),
          lambda row: row["bits"])
-    grid("Score, mean over tasks, at one number of slots for all", rows("curve"), "{0} tokens, {1} slots",
-         lambda row: (row["length"], row["slots"]), lambda row: row["score"])
-    deep = [dict(row, depth=d, score=x) for row in rows("rows") if row["task"] == "needle"
-            for d, x in enumerate(row["depths"]) if x is not None]
-    grid("Needle, by length and depth (0 the first fifth)", deep, "{0}, {1}", lambda row: (row["length"], row["depth"]),
+    grid("Six tokens quoted from anywhere: score of the two after them", rows("lost"), "{0} tokens", lambda row: (row["length"],),
          lambda row: row["score"])
     kept = [dict(row, method=row["kind"]) for row in rows("anatomy")]
     grid("Share kept, by kind of token", kept, "layer {0}, head {1}", lambda row: (row["layer"], row["head"]),
          lambda row: row["kept"])
-    full = {length: np.mean([row["seconds"] for row in rows("rows") if row["method"] == "full" and row["length"] == length])
-            for length in {row["length"] for row in rows("rows")}}
-    grid("Seconds for the same prompts, over the full cache's", rows("rows"), "{0} tokens", lambda row: (row["length"],),
+    full = {length: np.mean([row["seconds"] for row in rows("report") if row["method"] == "full" and row["length"] == length])
+            for length in {row["length"] for row in rows("report")}}
+    grid("Seconds for the same prompts, over the full cache's", rows("report"), "{0} tokens", lambda row: (row["length"],),
          lambda row: row["seconds"] / full[row["length"]])
 
-    lengths = sorted({row["length"] for run in runs for row in run["rows"]})
+    lengths = sorted({row["length"] for run in runs for row in run["report"]})
     text.append("\n| changed | seeds | " + " | ".join(f"{n} tokens: score, full cache's, cache" for n in lengths) + " |\n"
                 + "|---" * (len(lengths) + 2) + "|")
     for change, group in groups.items():
         cells = []
         for n in lengths:
-            at = [[row for row in run["rows"] if row["length"] == n] for run in group]
+            at = [[row for row in run["report"] if row["length"] == n] for run in group]
             get = lambda method, key: [np.mean([row[key] for row in one if row["method"] == method]) for one in at if one]
             cells.append(f"{spread(get('namm', 'score'), 3)}, {np.mean(get('full', 'score')):.3f}, "
                          f"{np.mean(get('namm', 'cache')):.2f}" if any(at) else "")
         text.append(f"| {change or 'nothing'} | {len(group)} | " + " | ".join(cells) + " |")
+    text += ["\nEvolution, run by run\n"] + [f"* seed {run['config']['seed']}: {json.dumps(run['evolution'])}" for run in groups[""]]
     print("\n".join(text))
+    folder = pathlib.Path(paths[0]).parent
+    cell = {(row["method"], row["length"]): [] for row in rows("report")}
+    for row in rows("report"):
+        cell[row["method"], row["length"]].append(row["score"])
+    full = {length: np.mean(scores) for (method, length), scores in cell.items() if method == "full"}
+    save(folder / "curve.svg", lambda path: picture_curve(rows("curve"), full, path))
+    save(folder / "needle.svg", lambda path: picture_needle(rows("report"), path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Main
-
-def save(path, write):
-    """Call write(temporary path), then move the file to `path`: it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
 
 def prepare(config):
     """(folder, parts, sizes of the GPT, its checkpoint or None). Nothing is written before all that can be refused has
@@ -735,13 +801,12 @@ def run(config, out, parts, sizes, checkpoint):
     params, statistics, cost = evolve(gpt, parts, config, log)
     mean, std = (x.cpu() for x in statistics)
     save(out / "namm.pt", lambda path: torch.save({"params": params, "mean": mean, "std": std}, path))
-    rows = report(gpt, params, statistics, parts["report"], config)
-    result = {"config": dataclasses.asdict(config), "versions": versions, "evolution": cost, "rows": rows,
-              "stream": stream(gpt, params, statistics, parts["report"], config),
-              "curve": curve(gpt, params, statistics, parts["report"], config),
-              "anatomy": anatomy(gpt, params, statistics, parts["report"], config), "seconds": time.time() - start}
+    result = {"config": dataclasses.asdict(config), "versions": versions, "evolution": cost}
+    for section in (report, stream, curve, anatomy, lost)[:1 if config.methods else None]:
+        result[section.__name__] = section(gpt, params, statistics, parts["report"], config)
+    result["seconds"] = time.time() - start
     save(out / "results.json", lambda path: path.write_text(json.dumps(result).replace("}, {", "},\n {")))
-    log(table(rows))
+    log(table(result["report"]))
     log(f"{out / 'results.json'} holds all of it; {time.time() - start:.0f} s")
 
 

@@ -10,13 +10,15 @@ After Cetin, Sun, Zhao, Tang: An Evolved Universal Transformer Memory, ICLR 2025
   6. namm             the five together, as a manager of a cache
   7. BASELINES        hand-made rules behind the same interface
 
-To see what a part is worth, there are plainer ones in its place: `values` and `moments` for 1, `linear_scores` and
-`mlp_scores` for 4, and SEES, which blinds the scorer to one half of its features. A first reading may skip them.
+To see what a part is worth, there are plainer ones in its place: `values` and `moments` for 1, `linear_scores`,
+`mlp_scores` and "unmasked" for 4, and SEES, which blinds the scorer to one half of its features. A first reading may skip them.
 
 This file knows nothing of the GPT: it sees attention tensors, and a cache (keys, positions, alive, state, evict).
 Letters: P candidates (parameter vectors), B rows = P x prompts, candidate-major (all prompts of the first candidate,
 then all of the second), K key/value heads, T new tokens since the last run, S slots in the cache, F frequency bins.
 """
+
+from functools import partial
 
 import torch
 from torch.nn.functional import avg_pool1d, pad, scaled_dot_product_attention
@@ -106,32 +108,35 @@ def unpack(params, shapes):
     return {name: piece.unflatten(1, shape) for (name, shape), piece in zip(shapes.items(), pieces)}
 
 
-def bam_scores(features, params):
+def bam_scores(features, params, alive=None, newer=True):
     """Scores: below zero, the token goes.
 
     features (B,K,S,25), params (P,4172), B = P x prompts, candidate-major; slots oldest first, dead ones on the left
     -> (B,K,S). One head of attention in which a token sees itself and newer tokens only (is it redundant, given what
     came after?): with the slots flipped, newest first, that is the ordinary causal mask, and dead slots, now last, are
     seen by no live one. Its output is a residual and a multiplier for the features: h = x (1 + m) + r, score = h.w + b.
+    Without `newer`, for an ablation, a token sees all that are `alive` (B,K,S), older and newer.
     """
     B, K, S, _ = features.shape
     p = unpack(params, SHAPES)
     x = features.reshape(len(params), -1, N_IN)                            # (P, prompts K S, 25)
     qkv = torch.baddbmm(p["bqkv"][:, None], x, p["Wqkv"])
     q, k, v = qkv.view(B, K, S, 3 * WIDTH).flip(2).split(WIDTH, dim=-1)    # (B,K,S,32) each, newest first
-    o = scaled_dot_product_attention(q, k, v, is_causal=True).flip(2).reshape(len(params), -1, WIDTH)
+    mask = None if newer else alive.flip(2)[:, :, None]                    # (B,K,1,S)
+    o = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=newer).flip(2)
+    o = o.reshape(len(params), -1, WIDTH)                                  # (P, prompts K S, 32)
     r, m = torch.baddbmm(p["bo"][:, None], o, p["Wo"]).chunk(2, dim=-1)    # (P, prompts K S, 25) each
     return torch.baddbmm(p["b"][:, None], x * (1 + m) + r, p["w"]).view(B, K, S)
 
 
-def linear_scores(features, params):
+def linear_scores(features, params, alive):
     """In place of `bam_scores`: w.x + b, 26 parameters."""
     p = unpack(params, SCORERS["linear"][1])
     x = features.reshape(len(params), -1, N_IN)
     return torch.baddbmm(p["b"][:, None], x, p["w"]).view(features.shape[:3])
 
 
-def mlp_scores(features, params):
+def mlp_scores(features, params, alive):
     """In place of `bam_scores`: one hidden layer, 433 parameters; a token is judged without the others."""
     p = unpack(params, SCORERS["mlp"][1])
     x = features.reshape(len(params), -1, N_IN)
@@ -139,7 +144,8 @@ def mlp_scores(features, params):
     return torch.baddbmm(p["b"][:, None], x, p["w"]).view(features.shape[:3])
 
 
-SCORERS = {"bam": (bam_scores, SHAPES), "linear": (linear_scores, {"w": (N_IN, 1), "b": (1,)}),
+SCORERS = {"bam": (bam_scores, SHAPES), "unmasked": (partial(bam_scores, newer=False), SHAPES),
+           "linear": (linear_scores, {"w": (N_IN, 1), "b": (1,)}),
            "mlp": (mlp_scores, {"W1": (N_IN, HIDDEN), "b1": (HIDDEN,), "w": (HIDDEN, 1), "b": (1,)})}
 
 
@@ -205,7 +211,7 @@ def namm(params, mean, std, threshold=0.0, capacity=None, sees="all", scorer="ba
             if cache.copies < len(params):
                 cache.repeat(len(params))
                 x = x.repeat(len(params), 1, 1, 1)
-            scores = SCORERS[scorer][0](x, params)
+            scores = SCORERS[scorer][0](x, params, cache.alive)
             if not per_head:
                 scores = scores.mean(1, keepdim=True).expand_as(scores)
             scores = scores.masked_fill(~cache.alive, -torch.inf)
@@ -275,8 +281,17 @@ def snapkv(cache, attention, budget, generator):
     return newest(avg_pool1d(votes, 5, stride=1, padding=2, count_include_pad=False), window)
 
 
-BASELINES = {f.__name__: f for f in (random, recent, streaming, h2o, l2, tova, snapkv)}
-ATTENTIVE = {"h2o", "tova", "snapkv"}                                      # those that look at the attention
+def fastgen(cache, attention, budget, generator):
+    """FastGen (Ge et al. 2024), which tells kinds of heads apart: a head that finds 95 % of its attention in the first
+    four tokens and the newest keeps those, any other its heavy hitters."""
+    local, heavy = streaming(cache, attention, budget, generator), h2o(cache, attention, budget, generator)
+    received = attention.float().sum(2)                                    # (B,K,S)
+    found = (received * keep_best(local.clone(), budget)).sum(-1, keepdim=True) / received.sum(-1, keepdim=True)
+    return torch.where(found >= 0.95, local, heavy)
+
+
+BASELINES = {f.__name__: f for f in (random, recent, streaming, h2o, fastgen, l2, tova, snapkv)}
+ATTENTIVE = {"h2o", "fastgen", "tova", "snapkv"}                           # those that look at the attention
 
 
 def baseline(name, budget, seed=0):
