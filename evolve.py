@@ -93,7 +93,7 @@ class Config:
 PRESETS = {
     "cpu": {},
     "smoke": dict(length=64, steps=20, batch_tokens=1024, n_embd=32, head_dim=8, n_hidden=64, delay=16, capacity=24,
-                  generations=3, popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2),
+                  generations=3, popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2, report_at=(1, 4, 8)),
     "gpu": dict(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=2, n_embd=512, head_dim=64, n_hidden=1408, length=2048,
                 steps=3000, batch_tokens=131_072, lr=1e-3, delay=256, capacity=768, generations=100, popsize=32, prompts=8,
                 choose_prompts=32, report_prompts=64, rows=512),
@@ -594,6 +594,11 @@ def spread(values, digits=2):
     return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
+def lead(rows):
+    """How much NAMM's mean over tasks and seeds is above a method's, from that method's rows: (mean, half a 95 % interval)."""
+    return np.mean([row["lead"] for row in rows]), 1.96 * math.sqrt(sum(row["lead_se"] ** 2 for row in rows)) / len(rows)
+
+
 def table(rows):
     """The rows as Markdown, one table for each length; rows of several seeds become their mean, with the standard deviation
     of the seeds. Relative: ratio of the means over all tasks. Ahead: how much NAMM's mean over all tasks is above the
@@ -611,12 +616,31 @@ def table(rows):
             own = [row for row in at if row["method"] == method]
             over = lambda tasks: [mean(method, tasks, seed) for seed in seeds]
             relative = [mean(method, data.TASKS, seed) / mean("full", data.TASKS, seed) for seed in seeds]
-            ahead = np.mean([row["lead"] for row in own])
-            half = 1.96 * math.sqrt(sum(row["lead_se"] ** 2 for row in own)) / len(own)
             text.append(f"| {method} | " + " | ".join(f"{np.mean(over([task])):.2f}" for task in data.TASKS)
                         + f" | {spread(over(data.EVOLVED))} | {spread(over(others))} | {spread(over(list(data.TASKS)), 3)} | "
                         f"{spread(relative)} | {np.mean([row['cache'] for row in own]):.2f} | "
-                        + ("" if method == "namm" else f"{ahead:+.3f} ± {half:.3f}") + " |")
+                        + ("" if method == "namm" else "{:+.3f} ± {:.3f}".format(*lead(own))) + " |")
+    return "\n".join(text) + "\n"
+
+
+def claims(rows):
+    """Markdown, a line for each length: NAMM beside the full cache there, beside the full cache at the shortest length, where
+    the GPT is at its best, and beside the best hand-made rule. Means over tasks, then over seeds."""
+    seeds, lengths = sorted({row["seed"] for row in rows}), sorted({row["length"] for row in rows})
+    others = [task for task in data.TASKS if task not in data.EVOLVED]
+    cell = {(row["method"], row["length"], row["task"], row["seed"]): row["score"] for row in rows}
+    text = ["| tokens | full cache | NTK | NAMM | relative | cache | of the best: evolved on | other tasks | all | best rule | "
+            "NAMM ahead |", "|---" * 11 + "|"]
+    for n in lengths:
+        at = [row for row in rows if row["length"] == n]
+        over = lambda method, tasks=data.TASKS, n=n: np.array([np.mean([cell[method, n, task, seed] for task in tasks])
+                                                               for seed in seeds])
+        best = max({row["method"] for row in at} & set(namm.BASELINES), key=lambda method: over(method).mean())
+        share = lambda tasks: spread(over("namm", tasks) / over("full", tasks, lengths[0]))
+        ahead = "{:+.3f} ± {:.3f}".format(*lead([row for row in at if row["method"] == best]))
+        text.append(f"| {n} | {spread(over('full'))} | {spread(over('ntk'))} | {spread(over('namm'))} | "
+                    f"{spread(over('namm') / over('full'))} | {np.mean([r['cache'] for r in at if r['method'] == 'namm']):.2f} | "
+                    f"{share(data.EVOLVED)} | {share(others)} | {share(list(data.TASKS))} | {best} {spread(over(best))} | {ahead} |")
     return "\n".join(text) + "\n"
 
 
@@ -660,7 +684,7 @@ def picture_needle(rows, path):
             found = np.mean([row["depths"][depth] for row in rows if row["task"] == "needle" and row["method"] == method
                              and row["length"] == lengths[column] and row["depths"][depth] is not None])
             x, y = 70 + 130 * panel + 28 * column, 44 + 22 * depth
-            body.append(f'<rect x="{x}" y="{y}" width="27" height="21" fill="hsl({120 * found:.0f} 55% 50%)"/>'
+            body.append(f'<rect x="{x}" y="{y}" width="27" height="21" fill="rgb({200 - 160 * found:.0f},{60 + 90 * found:.0f},80)"/>'
                         f'<text x="{x + 3}" y="{y + 15}" style="fill:#fff;font-size:10px">{found:.2f}</text>')
         body += [f'<text x="{70 + 130 * panel + 28 * column}" y="38" style="font-size:9px">{n}</text>' for column, n in enumerate(lengths)]
     svg(path, 720, 160, body)
@@ -677,7 +701,7 @@ def summary(paths):
     for run in runs:
         groups.setdefault(changed(run), []).append(run)
     rows = lambda name: [row for run in groups[""] for row in run[name]]
-    text = [table(rows("report"))]
+    text = [claims(rows("report")), table(rows("report"))]
 
     def grid(title, rows, across, value, cell):
         """A table of the mean of `cell` over seeds: a line a method, a column for each value(row)."""

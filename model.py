@@ -165,9 +165,8 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.n_embd, config.n_kv_head * D, bias=False)
         self.wo = nn.Linear(config.n_head * D, config.n_embd, bias=False)
         if config.smear:                                                   # taps[j] of a head weighs what is j back
-            itself, before = torch.eye(4)[:2]                              # each (4,)
-            self.k_taps = nn.Parameter(torch.stack([(itself, before)[head % 2] for head in range(self.n_kv_head)]))
-            self.q_taps = nn.Parameter(itself.repeat(self.n_kv_head, 1))   # both (K,4), these are their first values
+            self.k_taps = nn.Parameter(torch.eye(4)[:1].repeat(self.n_kv_head, 1))
+            self.q_taps = nn.Parameter(torch.eye(4)[:1].repeat(self.n_kv_head, 1))           # both (K,4), at first x itself
         self.smear = config.smear
 
     def forward(self, x, table, cache=None, weights=False):
@@ -237,6 +236,8 @@ class GPT(nn.Module):
             wq, wk = layer.attention.wq.weight, layer.attention.wk.weight  # for its like from the first step on
             wq.data = wk.data.view(config.n_kv_head, 1, -1, config.n_embd).expand(
                 -1, config.n_head // config.n_kv_head, -1, -1).reshape(wq.shape).clone()
+        if config.smear:                                                   # in the last layer, for what came before it: there
+            self.layers[-1].attention.k_taps.data = torch.eye(4)[1:2].repeat(config.n_kv_head, 1)    # facts are found
         if config.tied:
             self.output.weight = self.tok_embeddings.weight
 
