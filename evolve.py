@@ -74,17 +74,18 @@ class Config:
     scorer: str = setting("bam", f"how: {', '.join(namm.SCORERS)}")
     heads: str = setting("apart", "apart: each head drops its own tokens; together: a layer's heads drop the same")
     # evolution
-    generations: int = setting(100, "generations")
+    generations: int = setting(40, "generations")
     stages: int = setting(1, "1: all tasks from the start; 2 or 3: one more task in each of so many equal stages")
     popsize: int = setting(16, "candidates in a generation")
     sigma: float = setting(0.6, "first step size, in units of one over the root of a weight's inputs")
     covariance: str = setting("diagonal", "diagonal or full")
     prompts: int = setting(4, "fresh prompts for each task in a generation, the same for all candidates")
     evolve_at: tuple = setting((1, 2, 4), "lengths to evolve at, in training lengths, drawn for each task and generation")
-    validate: int = setting(10, "generations between two validations of the mean")
+    validate: int = setting(5, "generations between two validations of the mean")
     choose_prompts: int = setting(8, "prompts for each task in a validation")
     # report
     report_prompts: int = setting(32, "prompts for each task and length in the report")
+    far_prompts: int = setting(12, "the same beyond 4 times the training length")
     report_at: tuple = setting((1, 4, 8, 16), "lengths to report at, in training lengths")
     methods: str = setting("", "methods to report on, such as namm,full, and no more than that; if not given, all")
     rows: int = setting(16, "rows (candidates x prompts) read at once: few, since all are padded to the largest cache")
@@ -93,10 +94,10 @@ class Config:
 PRESETS = {
     "cpu": {},
     "smoke": dict(length=64, steps=20, batch_tokens=1024, n_embd=32, head_dim=8, n_hidden=64, delay=16, capacity=24,
-                  generations=3, popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2, report_at=(1, 4, 8)),
+                  generations=3, popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2, far_prompts=1, report_at=(1, 4, 8)),
     "gpu": dict(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=2, n_embd=512, head_dim=64, n_hidden=1408, length=2048,
                 steps=3000, batch_tokens=131_072, lr=1e-3, delay=256, capacity=768, generations=100, popsize=32, prompts=8,
-                choose_prompts=32, report_prompts=64, rows=512),
+                choose_prompts=32, report_prompts=64, far_prompts=16, rows=512),
 }
 
 
@@ -127,7 +128,7 @@ def parse(argv=None):
 def check(c):
     """Raise ValueError for settings that cannot be."""
     for name in ("n_layer n_head n_kv_head n_embd head_dim n_hidden length steps batch_tokens lr delay generations sigma "
-                 "prompts validate choose_prompts report_prompts rows evolve_at report_at").split():
+                 "prompts validate choose_prompts report_prompts far_prompts rows evolve_at report_at").split():
         value = getattr(c, name)
         if min(value if isinstance(value, tuple) else (value,)) <= 0:
             raise ValueError(f"--{name} must be above 0")
@@ -440,7 +441,7 @@ def report(gpt, params, statistics, part, config):
     for times in config.report_at:
         for t, task in enumerate(data.TASKS):
             length, rng = times * config.length, np.random.default_rng([config.seed, 4, times, t])
-            asked = config.report_prompts if times <= 4 else math.ceil(config.report_prompts * 3 / 8)
+            asked = config.report_prompts if times <= 4 else config.far_prompts
             counts = [min(config.rows, asked - i) for i in range(0, asked, config.rows)]
             batches = [prompts(part, task, count, rng, length, config.device) for count in counts]
             at, budget = {}, None
@@ -503,7 +504,7 @@ def curve(gpt, params, statistics, part, config):
             scores = []
             for t, task in enumerate(data.TASKS):
                 rng = np.random.default_rng([config.seed, 7, length, t])
-                batch = prompts(part, task, min(config.rows, config.report_prompts), rng, length, config.device)
+                batch = prompts(part, task, min(8, config.far_prompts), rng, length, config.device)
                 manage, weights = rule(method, params, statistics, slots, config)
                 if method == "namm":
                     manage = manager(params[None].to(config.device), statistics, config, threshold=-math.inf, capacity=slots)
@@ -694,7 +695,7 @@ def summary(paths):
     """Markdown from the results.json of several runs. The first run and those that differ from it only in seed and base are
     one group: tables of means over seeds. All other runs are grouped by what they changed, one line a group."""
     runs = [json.loads(pathlib.Path(path).read_text()) for path in paths]
-    free = {"seed", "base", "out", "device", "report_prompts", "report_at", "methods"}
+    free = {"seed", "base", "out", "device", "report_prompts", "far_prompts", "report_at", "methods"}
     first = runs[0]["config"]
     changed = lambda run: ", ".join(f"{k} {v}" for k, v in run["config"].items() if k not in free and v != first.get(k))
     groups = {}

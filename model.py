@@ -165,8 +165,8 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.n_embd, config.n_kv_head * D, bias=False)
         self.wo = nn.Linear(config.n_head * D, config.n_embd, bias=False)
         if config.smear:                                                   # taps[j] of a head weighs what is j back
-            self.k_taps = nn.Parameter(torch.eye(4)[:1].repeat(self.n_kv_head, 1))
-            self.q_taps = nn.Parameter(torch.eye(4)[:1].repeat(self.n_kv_head, 1))           # both (K,4), at first x itself
+            self.k_taps = nn.Parameter(torch.eye(4)[:1].repeat(self.n_kv_head, 1))           # (K,4), at first x itself
+            self.q_taps = nn.Parameter(torch.eye(4)[:1].repeat(self.n_head, 1))              # (H,4)
         self.smear = config.smear
 
     def forward(self, x, table, cache=None, weights=False):
@@ -179,7 +179,7 @@ class Attention(nn.Module):
         q = self.wq(x).view(B, -1, K, g, D).permute(0, 2, 3, 1, 4)         # (B,K,g,T,D), or (B,K,g,3+T,D)
         k = self.wk(x).view(B, -1, K, D).transpose(1, 2)                   # (B,K,T,D), or (B,K,3+T,D)
         if self.smear:
-            q = sum(self.q_taps[:, j].view(K, 1, 1, 1) * q[..., 3 - j:3 - j + T, :] for j in range(4))
+            q = sum(self.q_taps[:, j].view(K, g, 1, 1) * q[..., 3 - j:3 - j + T, :] for j in range(4))
             k = sum(self.k_taps[:, j].view(K, 1, 1) * k[..., 3 - j:3 - j + T, :] for j in range(4))
         alive, at = None, torch.arange(T, device=x.device)
         if cache is not None:
@@ -279,25 +279,38 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Training
 
+def holes(layer, cache, received):
+    """A manager for training: each row forgets a random share of its slots, any of them."""
+    keep = torch.rand_like(cache.keys[..., 0]) < torch.rand_like(cache.keys[:, :1, :1, 0])               # (B,K,S)
+    keep[..., -1] = True
+    cache.evict(keep)
+
+
 def losses(gpt, batch, recall):
     """Mean cross-entropy of the answers, every prompt weighing the same; that of all other tokens; that of `recall`; and
     the share of each prompt's answer tokens that are right, (N,).
 
     recall (N,L-1): at some places of a context a word to name, -1 at all others. It is asked of the heads, not of the GPT,
-    which only predicts text: at each place of one KV head, drawn at random from those of the upper two thirds of the
-    layers, which must name it by what it alone reads from the cache there."""
-    c = gpt.config
+    which only predicts text: at each place of one KV head, drawn at random from those of the upper half of the layers,
+    which must name it by what it alone reads from the cache there. The questions are answered from a cache with holes,
+    except in the last layer, where the facts are found: what the layers below it remember may help, but not be needed."""
+    c, n = gpt.config, batch.context
     width, read_by = c.n_head // c.n_kv_head * c.head_dim, {}              # what a KV head's queries bring in
-    heads = [(i, slice(k * width, (k + 1) * width)) for i in range(c.n_layer // 3, c.n_layer) for k in range(c.n_kv_head)]
+    heads = [(i, slice(k * width, (k + 1) * width)) for i in range(c.n_layer // 2, c.n_layer) for k in range(c.n_kv_head)]
     wo = [layer.attention.wo for layer in gpt.layers]
     hooks = [wo[i].register_forward_pre_hook(lambda module, x, i=i: read_by.update({i: x[0]})) for i, _ in heads]
-    hidden = gpt.hidden(batch.tokens[:, :-1])                              # (N,L-1,C)
+    cache = gpt.new_cache(len(batch.tokens), renumber=True)
+    context = gpt.hidden(batch.tokens[:, :n], cache, lambda i, *own: i < c.n_layer - 1 and holes(i, *own))
     for hook in hooks:
         hook.remove()
-    who = torch.randint(len(heads), recall.shape, device=recall.device).masked_fill(recall < 0, -1)      # (N,L-1)
+    hidden = torch.cat([context, gpt.hidden(batch.tokens[:, n:-1], cache)], dim=1)        # (N,L-1,C)
+
+    recall = recall[:, :n]                                                 # (N,n)
+    who = torch.randint(len(heads), recall.shape, device=recall.device).masked_fill(recall < 0, -1)      # (N,n)
     named = torch.cat([read_by[i][who == h][:, own] @ wo[i].weight[:, own].T for h, (i, own) in enumerate(heads)])
     words = torch.cat([recall[who == h] for h in range(len(heads))])       # (places,), and named (places,C)
     recalled = F.cross_entropy(gpt.output(gpt.norm(named)), words, reduction="sum") / max(1, len(words))
+
     answer, target = (batch.answer[:, 1:] > 0).float(), batch.tokens[:, 1:]               # (N,L-1) each
     # the vocabulary is the most expensive part of so small a GPT: of the text, a quarter of the places is enough
     used = (answer > 0) | (torch.rand(answer.shape, device=answer.device) < 0.25)         # (N,L-1)

@@ -18,7 +18,7 @@ Letters: P candidates (parameter vectors), B rows = P x prompts, candidate-major
 then all of the second), K key/value heads, T new tokens since the last run, S slots in the cache, F frequency bins.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch.nn.functional import avg_pool1d, pad, scaled_dot_product_attention
@@ -38,25 +38,27 @@ HIDDEN = 16                        # of the scorer "mlp"
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Attention -> spectrogram (section 3.1)
 
+@lru_cache
+def fourier(device):
+    """The Fourier matrix under a periodic Hann window, cosines above sines: (2F,32)."""
+    turn = torch.outer(torch.arange(F), torch.arange(N_FFT)) * (2 * torch.pi / N_FFT)            # (F,32)
+    return (torch.cat([turn.cos(), turn.sin()]) * torch.hann_window(N_FFT)).to(device)
+
+
 def spectrogram(attention, tail):
     """Short-time Fourier magnitudes of the attention that each slot received.
 
     attention (B,K,T,S): for each of T queries, what each slot received; T a multiple of HOP. tail (B,K,S,16): the last
     HOP values of the block before, zero for a new slot. Returns magnitudes (B,K,S,frames,F) with frames = T / HOP, and
-    the new tail. Where a text is cut into blocks does not change a frame. As torch.stft does with a periodic Hann
-    window of 32, hop 16, not centred, over tail and block together; a frame's window is the HOP samples before the
-    frame and the HOP in it, so each half of the window goes through its half of the Fourier matrix.
+    the new tail. A frame's window is the HOP samples before the frame and the HOP in it, so where a text is cut into
+    blocks does not change a frame. As torch.stft, not centred, over tail and block together; slots stay the last axis in
+    memory, along which all of it is fast.
     """
-    B, K, T, S = attention.shape
-    n = torch.arange(N_FFT, device=attention.device)
-    turn = torch.outer(torch.arange(F, device=n.device), n) * (2 * torch.pi / N_FFT)             # (F,32)
-    fourier = torch.cat([turn.cos(), turn.sin()]) * torch.hann_window(N_FFT, device=n.device)    # (2F,32)
-    samples = attention.float().reshape(B, K, T // HOP, HOP, S)
-    waves = fourier[:, HOP:] @ samples                                                           # (B,K,frames,2F,S)
-    waves[:, :, 0] += fourier[:, :HOP] @ tail.float().transpose(-1, -2)
-    waves[:, :, 1:] += fourier[:, :HOP] @ samples[:, :, :-1]
-    magnitudes = (waves[..., :F, :].square() + waves[..., F:, :].square()).sqrt()                # (B,K,frames,F,S)
-    return magnitudes.permute(0, 1, 4, 2, 3), samples[:, :, -1].transpose(-1, -2)
+    samples = torch.cat([tail.transpose(-1, -2), attention], dim=2)                              # (B,K,HOP+T,S)
+    windows = samples.unfold(2, N_FFT, HOP).transpose(-1, -2)                                    # (B,K,frames,32,S)
+    waves = (fourier(attention.device) @ windows).square_()                                      # (B,K,frames,2F,S)
+    magnitudes = (waves[..., :F, :] + waves[..., F:, :]).sqrt_()                                 # (B,K,frames,F,S)
+    return magnitudes.permute(0, 1, 4, 2, 3), samples[:, :, -HOP:].transpose(-1, -2)
 
 
 def values(attention, tail):
@@ -79,9 +81,9 @@ def moving_average(magnitudes, old):
     """E = gamma^frames * old + sum over frames t of (1 - gamma) * gamma^(frames - 1 - t) * magnitude t.
 
     magnitudes (B,K,S,frames,F), old (B,K,S,F), zero for a new slot -> (B,K,S,F). No correction of the start's bias."""
-    frames = magnitudes.shape[3]
-    decay = GAMMA ** torch.arange(frames - 1, -1, -1, device=old.device)   # (frames,)
-    return GAMMA ** frames * old + torch.einsum("bkstf,t->bksf", magnitudes, (1 - GAMMA) * decay)
+    for magnitude in magnitudes.unbind(3):                                 # (B,K,S,F)
+        old = magnitude.lerp(old, GAMMA)                                   # GAMMA * old + (1 - GAMMA) * magnitude
+    return old
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,14 +188,17 @@ def keep_best(scores, budget):
 
 def spectra(cache, attention, sees):
     """Steps 1 and 2 for one layer: what each slot received in this block, added to what the cache remembers of it."""
-    B, K, T, S = attention.shape
+    B, K, _, S = attention.shape
     attention = attention.float()
     if "spectrum" not in cache.state:
         cache.state = {"tail": attention.new_zeros(B, K, S, HOP), "spectrum": attention.new_zeros(B, K, S, F)}
     transform = {"values": values, "moments": moments}.get(sees, spectrogram)
-    magnitudes, cache.state["tail"] = transform(attention, cache.state["tail"])
-    cache.state["spectrum"] = moving_average(magnitudes, cache.state["spectrum"])
-    return cache.state["spectrum"]
+    tail, average = cache.state["tail"], cache.state["spectrum"]
+    for piece in attention.split(4 * HOP, dim=2):                          # few frames at once: they fit a CPU's cache
+        magnitudes, tail = transform(piece, tail)
+        average = moving_average(magnitudes, average)
+    cache.state = {"tail": tail, "spectrum": average}
+    return average
 
 
 def namm(params, mean, std, threshold=0.0, capacity=None, sees="all", scorer="bam", per_head=True):
