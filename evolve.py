@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import data
 import namm
-from model import GPT, GPTConfig, read, train
+from model import GPT, GPTConfig, read, summed, train, world
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,18 +346,23 @@ def fitness(gpt, params, statistics, best, part, tasks, lengths, count, rng, con
     answers, divided by `best`, the full cache's at the training length; then the mean. The likelihood has no ties, as
     exact match has; and the paper's divisor, the full cache's score on the same prompts, is near 0 where it is to be beaten.
 
-    lengths(rng) draws, for one task, the lengths of its prompts in training lengths."""
-    P, total, kept, parts = 1 if params is None else len(params), 0.0, 0.0, 0
+    lengths(rng) draws, for one task, the lengths of its prompts in training lengths. Groups of candidates are dealt to the
+    processes of the run in turn; each process gets all the results."""
+    P, (rank, size), parts = 1 if params is None else len(params), world(), 0
+    total = torch.zeros(2, P, device=config.device)                        # fitness, cache kept
+    groups = torch.arange(P, device=config.device).split(max(1, config.rows // count))       # candidates read at once
     for task in tasks:
         for times in lengths(rng):
             batch = prompts(part, task, count, rng, config.length * int(times), config.device)
-            for group in torch.arange(P).split(max(1, config.rows // count)):                # candidates read at once
-                manage = None if params is None else manager(params[group], statistics, config)
-                _, likelihood, _, cache = evaluate(gpt, batch, config, manage, weights=manage is not None)
-                total = total + torch.zeros(P).index_add(0, group, likelihood.view(-1, count).mean(1).cpu() / best[task])
-                kept += cache.sum().item() / count / P
+            for i, group in enumerate(groups):
+                if (parts * len(groups) + i) % size == rank:
+                    manage = None if params is None else manager(params[group], statistics, config)
+                    _, likelihood, _, cache = evaluate(gpt, batch, config, manage, weights=manage is not None)
+                    got = torch.stack([likelihood / best[task], cache]).view(2, -1, count).mean(2)
+                    total.index_add_(1, group, got)
             parts += 1
-    return total / parts, kept / parts
+    total = summed(total).cpu() / parts
+    return total[0], total[1].mean().item()
 
 
 def evolve(gpt, parts, config, log):
@@ -379,7 +384,7 @@ def evolve(gpt, parts, config, log):
     highest, chosen, passed, start = -math.inf, None, None, time.time()
     log(f"the full cache's fitness on the prompts to choose by: {full:.3f}")
     log("generation tasks | candidates: fitness   best  cache | mean: fitness  cache | sigma  axis ratio | seconds  left")
-    for g in tqdm(range(config.generations + 1), desc="evolve", mininterval=1, dynamic_ncols=True, disable=None):
+    for g in tqdm(range(config.generations + 1), desc="evolve", mininterval=1, dynamic_ncols=True, disable=True if world()[0] else None):
         began, stage = time.time(), config.stages * max(0, g - 1) // config.generations
         tasks = data.EVOLVED[:len(data.EVOLVED) - config.stages + 1 + stage]
         of_all, of_mean = " " * 33, " " * 20
@@ -769,7 +774,7 @@ def prepare(config):
             differs = ", ".join(f"{name} {value}" for name, value in differs.items())
             raise ValueError(f"{path} was made with other settings than {differs}; give another --out, or delete it")
     out.mkdir(parents=True, exist_ok=True)
-    if config.tokenizer == "learned":
+    if config.tokenizer == "learned" and world()[0] == 0:
         save(out / "tokenizer.tiktoken", lambda temporary: data.save_ranks(encoding, temporary))
     return out, parts, sizes, checkpoint
 
@@ -796,14 +801,15 @@ def base_model(out, part, sizes, checkpoint, config, log):
         length = max(64, config.length // int(shorter))
         batch, words = data.training_batch(part, rng, config.batch_tokens // length, length,
                                            config.recall if done >= 0.5 else 0.0)
-        return on_device(batch, config.device), words.to(config.device)
+        return batch, words, torch.Generator().manual_seed(config.seed * 1_000_003 + step)
 
     log(f"training a GPT of {sum(p.numel() for p in gpt.parameters()):,} parameters")
     start = time.time()
     train(gpt, sample, config.steps, config.lr, precision(config.device))
     log(f"{config.steps * config.batch_tokens:,} tokens of training in {time.time() - start:.0f} s")
     file = {"config": vars(gpt.config), "model": gpt.state_dict(), "made_by": trained_by(config) | sizes}
-    save(out / "gpt.pt", lambda temporary: torch.save(file, temporary))
+    if world()[0] == 0:
+        save(out / "gpt.pt", lambda temporary: torch.save(file, temporary))
     return gpt.eval()
 
 
@@ -812,9 +818,10 @@ def run(config, out, parts, sizes, checkpoint):
     start = time.time()
 
     def log(line):
-        tqdm.write(line)
-        with open(out / "log.txt", "a") as file:
-            file.write(line + "\n")
+        if world()[0] == 0:
+            tqdm.write(line)
+            with open(out / "log.txt", "a") as file:
+                file.write(line + "\n")
 
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                 "device": torch.cuda.get_device_name() if config.device == "cuda" else f"{platform.machine()} CPU, "
@@ -824,6 +831,8 @@ def run(config, out, parts, sizes, checkpoint):
         log(f"{name:8s}{len(part.tokens):10,} tokens of text, {len(part.words):5,} words for keys")
     gpt = base_model(out, parts["train"], sizes, checkpoint, config, log)
     params, statistics, cost = evolve(gpt, parts, config, log)
+    if world()[0] > 0:                                                     # the report is written by the first process
+        return
     mean, std = (x.cpu() for x in statistics)
     save(out / "namm.pt", lambda path: torch.save({"params": params, "mean": mean, "std": std}, path))
     result = {"config": dataclasses.asdict(config), "versions": versions, "evolution": cost}
@@ -841,6 +850,10 @@ def main():
         if sys.argv[1:2] == ["--summary"]:
             return summary(sys.argv[2:])
         config = parse()
+        if "WORLD_SIZE" in os.environ:                                     # torchrun --nproc-per-node=N evolve.py ...
+            torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
+            if config.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         prepared = prepare(config)
     except (ValueError, OSError) as error:
         print(f"evolve.py: {error}", file=sys.stderr)

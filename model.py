@@ -13,9 +13,10 @@ one layer's cache (survivors and the T new ones), D width of a head, C width of 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -279,67 +280,88 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Training
 
-def holes(layer, cache, received):
-    """A manager for training: each row forgets a random share of its slots, any of them."""
-    keep = torch.rand_like(cache.keys[..., 0]) < torch.rand_like(cache.keys[:, :1, :1, 0])               # (B,K,S)
-    keep[..., -1] = True
-    cache.evict(keep)
+def world():
+    """(rank, number of processes) of a run that torchrun started, else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def losses(gpt, batch, recall):
-    """Mean cross-entropy of the answers, every prompt weighing the same; that of all other tokens; that of `recall`; and
-    the share of each prompt's answer tokens that are right, (N,).
+def summed(x):
+    """x, summed over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def losses(gpt, batch, recall, draw):
+    """Losses of N prompts, (N,) each: mean cross-entropy of a prompt's answers, of a quarter of its other tokens, and of
+    `recall`; and the share of its answer tokens that are right. draw(*shape): uniform random numbers (N,*shape).
 
     recall (N,L-1): at some places of a context a word to name, -1 at all others. It is asked of the heads, not of the GPT,
     which only predicts text: at each place of one KV head, drawn at random from those of the upper half of the layers,
-    which must name it by what it alone reads from the cache there. The questions are answered from a cache with holes,
-    except in the last layer, where the facts are found: what the layers below it remember may help, but not be needed."""
+    which must name it by what it alone reads from the cache there. The questions are answered from a cache with holes: each
+    prompt forgets a random share of its slots, any of them, in all layers but the last, where the facts are found. What the
+    layers below it remember may help, but not be needed."""
     c, n = gpt.config, batch.context
     width, read_by = c.n_head // c.n_kv_head * c.head_dim, {}              # what a KV head's queries bring in
     heads = [(i, slice(k * width, (k + 1) * width)) for i in range(c.n_layer // 2, c.n_layer) for k in range(c.n_kv_head)]
     wo = [layer.attention.wo for layer in gpt.layers]
-    hooks = [wo[i].register_forward_pre_hook(lambda module, x, i=i: read_by.update({i: x[0]})) for i, _ in heads]
+    hooks = [wo[i].register_forward_pre_hook(lambda module, x, i=i: read_by.update({i: x[0]}))
+             for i in range(c.n_layer // 2, c.n_layer)]
+
+    def holes(layer, cache, received):
+        if layer < c.n_layer - 1:
+            keep = draw(c.n_kv_head, n) < draw(1, 1)                       # (N,K,n)
+            keep[..., -1] = True
+            cache.evict(keep)
+
     cache = gpt.new_cache(len(batch.tokens), renumber=True)
-    context = gpt.hidden(batch.tokens[:, :n], cache, lambda i, *own: i < c.n_layer - 1 and holes(i, *own))
+    context = gpt.hidden(batch.tokens[:, :n], cache, holes)
     for hook in hooks:
         hook.remove()
     hidden = torch.cat([context, gpt.hidden(batch.tokens[:, n:-1], cache)], dim=1)        # (N,L-1,C)
 
-    recall = recall[:, :n]                                                 # (N,n)
-    who = torch.randint(len(heads), recall.shape, device=recall.device).masked_fill(recall < 0, -1)      # (N,n)
-    named = torch.cat([read_by[i][who == h][:, own] @ wo[i].weight[:, own].T for h, (i, own) in enumerate(heads)])
-    words = torch.cat([recall[who == h] for h in range(len(heads))])       # (places,), and named (places,C)
-    recalled = F.cross_entropy(gpt.output(gpt.norm(named)), words, reduction="sum") / max(1, len(words))
+    def mean(loss, where):
+        """Mean of loss (M,) over the places of each prompt: where (N,L) bool has M of them. -> (N,)"""
+        of_row = torch.zeros(len(where), device=loss.device).index_add(0, where.nonzero()[:, 0], loss.float())
+        return of_row / where.sum(1).clamp(min=1)
 
-    answer, target = (batch.answer[:, 1:] > 0).float(), batch.tokens[:, 1:]               # (N,L-1) each
+    recall = recall[:, :n]                                                 # (N,n)
+    who = (draw(n) * len(heads)).long().masked_fill(recall < 0, -1)        # (N,n)
+    named = sum((read_by[i][..., own] @ wo[i].weight[:, own].T) * (who == h)[..., None]
+                for h, (i, own) in enumerate(heads))[recall >= 0]          # (places,C)
+    recalled = F.cross_entropy(gpt.output(gpt.norm(named)), recall[recall >= 0], reduction="none")
+
+    answer, target = batch.answer[:, 1:] > 0, batch.tokens[:, 1:]          # (N,L-1) each
     # the vocabulary is the most expensive part of so small a GPT: of the text, a quarter of the places is enough
-    used = (answer > 0) | (torch.rand(answer.shape, device=answer.device) < 0.25)         # (N,L-1)
-    logits, answer, target = gpt.output(hidden[used]), answer[used], target[used]         # (M,V), (M,), (M,)
-    loss, text = F.cross_entropy(logits, target, reduction="none"), 1 - answer            # (M,) each
-    row = used.nonzero()[:, 0]                                             # (M,) whose token it is
-    sums = lambda x: torch.zeros(len(batch.tokens), device=x.device).index_add(0, row, x)
-    size = sums(answer)
-    return ((sums(loss * answer) / size).mean(), (loss * text).sum() / text.sum(), recalled,
-            sums((logits.argmax(-1) == target) * answer) / size)
+    text, right = ~answer & (draw(answer.shape[1]) < 0.25), gpt.output(hidden[answer])    # (N,L-1), (M,V)
+    answers = F.cross_entropy(right, target[answer], reduction="none")
+    return (mean(answers, answer), mean(F.cross_entropy(gpt.output(hidden[text]), target[text], reduction="none"), text),
+            mean(recalled, recall >= 0), mean(right.argmax(-1) == target[answer], answer))
 
 
 def train(gpt, sample, steps, lr, precision):
     """Train the matrices of the layers by Muon, all else by AdamW: a short warm-up, then a straight decay to 5 %.
 
-    sample(step) gives the step's prompts, with tokens (N,L), answer (N,L), tasks [name] * N, and words to recall (N,L-1).
-    `precision`: a context to compute the loss in."""
+    sample(step) gives the step's prompts, with tokens (N,L), answer (N,L), tasks [name] * N; words to recall (N,L-1); and a
+    torch.Generator: the same in all processes, each of which takes its rows. `precision`: a context to compute the loss in."""
     matrices = [p for name, p in gpt.layers.named_parameters() if p.dim() == 2 and "taps" not in name]
     others = [p for p in gpt.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = {torch.optim.Muon(matrices, weight_decay=0.0): 5 * lr,
                   torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0): lr}
-    accuracy, bar = {}, tqdm(range(steps), desc="train GPT", mininterval=1, dynamic_ncols=True, disable=None)
+    (rank, size), accuracy, device = world(), {}, matrices[0].device
+    bar = tqdm(range(steps), desc="train GPT", mininterval=1, dynamic_ncols=True, disable=True if rank else None)
     for step in bar:
-        batch, recall = sample(step)
+        batch, recall, generator = sample(step)
+        N, own = len(recall), slice(rank, None, size)
+        batch = replace(batch, tokens=batch.tokens[own].to(device), answer=batch.answer[own].to(device), tasks=batch.tasks[own])
         for optimizer, peak in optimizers.items():
             optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / steps)
         with precision:
-            answers, text, recalled, right = losses(gpt, batch, recall)
-        (answers + 0.5 * text + recalled).backward()
+            answers, text, recalled, right = losses(gpt, batch, recall[own].to(device), lambda *shape: torch.rand(
+                N, *shape, generator=generator)[own].to(device))
+        ((answers + 0.5 * text + recalled).sum() / N).backward()
+        for p in gpt.parameters():
+            summed(p.grad)
         nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -347,8 +369,8 @@ def train(gpt, sample, steps, lr, precision):
         if step % 10 == 0:                                                 # the only place that waits for the device
             for task, share in zip(batch.tasks, right.tolist()):
                 accuracy[task] = 0.9 * accuracy.get(task, share) + 0.1 * share
-            bar.set_postfix_str(f"length {batch.tokens.shape[1]} loss {answers.item():.2f} text {text.item():.2f} right "
-                                + " ".join(f"{task} {share:.2f}" for task, share in sorted(accuracy.items())))
+            bar.set_postfix_str(f"length {batch.tokens.shape[1]} loss {answers.mean().item():.2f} text {text.mean().item():.2f} "
+                                "right " + " ".join(f"{task} {share:.2f}" for task, share in sorted(accuracy.items())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
