@@ -74,7 +74,7 @@ class Config:
     scorer: str = setting("bam", f"how: {', '.join(namm.SCORERS)}")
     heads: str = setting("apart", "apart: each head drops its own tokens; together: a layer's heads drop the same")
     # evolution
-    generations: int = setting(40, "generations")
+    generations: int = setting(50, "generations")
     stages: int = setting(1, "1: all tasks from the start; 2 or 3: one more task in each of so many equal stages")
     popsize: int = setting(16, "candidates in a generation")
     sigma: float = setting(0.6, "first step size, in units of one over the root of a weight's inputs")
