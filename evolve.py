@@ -275,7 +275,24 @@ def evaluate(gpt, batch, config, manage=None, weights=False):
       likelihood  of an answer's token: exp of the mean log-probability of its tokens
       logprob     that mean itself, natural logarithm
       cache       share of the context's tokens that is in the cache when the question is asked
+    Out of memory, it goes on with half the rows at once.
     """
+    try:
+        return answers(gpt, batch, config, manage, weights)
+    except torch.OutOfMemoryError:
+        half = len(batch.tokens) // 2
+        if half == 0:
+            raise
+    config.rows = max(1, config.rows // 2)                                 # from now on
+    tqdm.write(f"out of memory: reading {config.rows} rows at once from here on")
+    halves = [dataclasses.replace(batch, tokens=batch.tokens[own], answer=batch.answer[own])
+              for own in (slice(0, half), slice(half, None))]
+    pairs = zip(*(evaluate(gpt, piece, config, manage, weights) for piece in halves))
+    return [torch.cat([a.view(-1, half), b.view(-1, len(batch.tokens) - half)], dim=1).flatten() for a, b in pairs]
+
+
+def answers(gpt, batch, config, manage, weights):
+    """What `evaluate` returns, in one go."""
     n = batch.context
     with precision(config.device):
         cache = gpt.new_cache(len(batch.tokens), config.positions == "renumbered")
@@ -801,7 +818,7 @@ def base_model(out, part, sizes, checkpoint, config, log):
         length = max(64, config.length // int(shorter))
         batch, words = data.training_batch(part, rng, config.batch_tokens // length, length,
                                            config.recall if done >= 0.5 else 0.0)
-        return batch, words, torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        return batch, words, config.seed * 1_000_003 + step
 
     log(f"training a GPT of {sum(p.numel() for p in gpt.parameters()):,} parameters")
     start = time.time()

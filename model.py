@@ -339,27 +339,47 @@ def losses(gpt, batch, recall, draw):
             mean(recalled, recall >= 0), mean(right.argmax(-1) == target[answer], answer))
 
 
+def gradient(gpt, batch, recall, seed, rows, device, precision):
+    """Add the gradient of some rows (n,) of a batch, with noise that does not depend on which; their losses, (4,n)."""
+    own = replace(batch, tokens=batch.tokens[rows].to(device), answer=batch.answer[rows].to(device))
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.rand(len(recall), *shape, generator=generator)[rows].to(device)
+    with precision:
+        answers, text, recalled, right = losses(gpt, own, recall[rows].to(device), draw)
+    ((answers + 0.5 * text + recalled).sum() / len(recall)).backward()
+    return torch.stack([answers, text, recalled, right]).detach()
+
+
 def train(gpt, sample, steps, lr, precision):
     """Train the matrices of the layers by Muon, all else by AdamW: a short warm-up, then a straight decay to 5 %.
 
     sample(step) gives the step's prompts, with tokens (N,L), answer (N,L), tasks [name] * N; words to recall (N,L-1); and a
-    torch.Generator: the same in all processes, each of which takes its rows. `precision`: a context to compute the loss in."""
+    seed: the same in all processes, each of which takes its rows. `precision`: a context to compute the loss in. Out of
+    memory, it goes on with half the rows at once: the gradient is the same."""
     matrices = [p for name, p in gpt.layers.named_parameters() if p.dim() == 2 and "taps" not in name]
     others = [p for p in gpt.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = {torch.optim.Muon(matrices, weight_decay=0.0): 5 * lr,
                   torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0): lr}
-    (rank, size), accuracy, device = world(), {}, matrices[0].device
+    (rank, size), accuracy, device, most = world(), {}, matrices[0].device, math.inf
     bar = tqdm(range(steps), desc="train GPT", mininterval=1, dynamic_ncols=True, disable=True if rank else None)
     for step in bar:
-        batch, recall, generator = sample(step)
-        N, own = len(recall), slice(rank, None, size)
-        batch = replace(batch, tokens=batch.tokens[own].to(device), answer=batch.answer[own].to(device), tasks=batch.tasks[own])
+        batch, recall, seed = sample(step)
+        N, L = batch.tokens.shape
         for optimizer, peak in optimizers.items():
             optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / steps)
-        with precision:
-            answers, text, recalled, right = losses(gpt, batch, recall[own].to(device), lambda *shape: torch.rand(
-                N, *shape, generator=generator)[own].to(device))
-        ((answers + 0.5 * text + recalled).sum() / N).backward()
+        done = None
+        while done is None:
+            most = min(most, N * L)                                        # tokens at once
+            try:
+                done = [gradient(gpt, batch, recall, seed, rows, device, precision)
+                        for rows in torch.arange(rank, N, size).split(max(1, most // L))]
+            except torch.OutOfMemoryError:
+                if most <= L:
+                    raise
+                most //= 2
+                tqdm.write(f"out of memory: training on {most} tokens at once from here on")
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
         for p in gpt.parameters():
             summed(p.grad)
         nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
@@ -367,10 +387,11 @@ def train(gpt, sample, steps, lr, precision):
             optimizer.step()
             optimizer.zero_grad()
         if step % 10 == 0:                                                 # the only place that waits for the device
-            for task, share in zip(batch.tasks, right.tolist()):
+            loss, text, _, right = torch.cat(done, dim=1)                  # (rows of this process,) each
+            for task, share in zip(batch.tasks[rank::size], right.tolist()):
                 accuracy[task] = 0.9 * accuracy.get(task, share) + 0.1 * share
-            bar.set_postfix_str(f"length {batch.tokens.shape[1]} loss {answers.mean().item():.2f} text {text.mean().item():.2f} "
-                                "right " + " ".join(f"{task} {share:.2f}" for task, share in sorted(accuracy.items())))
+            bar.set_postfix_str(f"length {L} loss {loss.mean().item():.2f} text {text.mean().item():.2f} right "
+                                + " ".join(f"{task} {share:.2f}" for task, share in sorted(accuracy.items())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

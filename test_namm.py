@@ -633,6 +633,39 @@ def test_holes_are_for_all_layers_but_the_last(parts, monkeypatch):
     assert (kept[-1] == 255).all() and all(layer.max() < 255 and layer.std() > 20 for layer in kept[:-1])
 
 
+def test_out_of_memory_halves_the_rows_and_changes_nothing(parts, monkeypatch, capsys):
+    """A device that fails above some size, in training and in evaluation: the same gradient and the same scores, in smaller
+    pieces. Catches: rows lost or mixed up when halves are joined, noise that depends on the split."""
+    made, size = parts[2], dict(vocab_size=parts[1].n_vocab, n_embd=32, n_hidden=32)
+
+    def limit(most, hidden=model.GPT.hidden):
+        def limited(self, tokens, *rest, **named):
+            if len(tokens) > most:
+                raise torch.OutOfMemoryError("test")
+            return hidden(self, tokens, *rest, **named)
+        monkeypatch.setattr(model.GPT, "hidden", limited)
+
+    trained, scores = [], []
+    for most in (1000, 5):
+        limit(most)
+        torch.manual_seed(0)
+        gpt = model.GPT(model.GPTConfig(**size))
+        model.train(gpt, lambda step: (*data.training_batch(made["train"], np.random.default_rng(step), 16, 64, 0.25), step),
+                    3, 1e-3, evolve.precision("cpu"))
+        trained.append(torch.cat([p.detach().flatten() for p in gpt.parameters()]))
+    torch.testing.assert_close(*trained, atol=1e-4, rtol=1e-4)
+    params = 0.3 * torch.randn(2, 4172)
+    for most in (1000, 7):                                                 # two candidates: at most three prompts at once
+        limit(most)
+        config = evolve.Config(device="cpu", capacity=20)
+        batch = data.batch(made["report"], ["multikey"] * 9, np.random.default_rng(0), 128)
+        scores.append(evolve.evaluate(gpt, batch, config, namm.namm(params, torch.zeros(17), torch.ones(17), capacity=20), True))
+        assert (config.rows < 16) == (most == 7)
+    for got, want in zip(*scores):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert "out of memory" in capsys.readouterr().out
+
+
 def test_depth_finds_the_needle(parts):
     """Catches: a depth counted from the wrong end."""
     batch = data.batch(parts[2]["report"], ["needle"] * 30, np.random.default_rng(3), 512)
