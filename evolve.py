@@ -110,7 +110,8 @@ def parse(argv=None):
     """Config from the command line. Raises ValueError, with a line for the user, for what cannot be."""
     parser = argparse.ArgumentParser(description="Train a small GPT, evolve the manager of its cache, report.",
                                      usage="python evolve.py [--preset cpu|gpu|smoke] [--OPTION VALUE ...]",
-                                     epilog="python evolve.py --summary RUN/results.json ... prints the tables of runs",
+                                     epilog="python evolve.py --summary RUN/results.json ... prints the tables of runs; "
+                                            "python evolve.py --bench [--base RUN] how fast it is here",
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, help="smoke takes a minute; if not given, gpu where there is one")
     for f in dataclasses.fields(Config):
@@ -770,11 +771,94 @@ def summary(paths):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Main
+# 7. Speed: python evolve.py --bench
+
+def seconds(f, device, again=3):
+    """Median time of f() `again` times, after one call that is not counted; of that one, if there is no other."""
+    times = []
+    for _ in range(1 + again):
+        start = time.perf_counter()
+        f()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:] or times))
+
+
+def shares(f, device):
+    """{part: its share of the time of f(), as text} for the parts of NAMM and the rest, which is the GPT's."""
+    with torch.profiler.profile() as profile:
+        with torch.profiler.record_function("all"):
+            f()
+    time_of = {event.key: event.device_time_total if device == "cuda" else event.cpu_time_total
+               for event in profile.key_averages()}
+    part = {name: time_of[name] / time_of["all"] for name in ("spectrogram", "BAM", "eviction")}
+    return {name: f"{share:.0%}" for name, share in {"GPT": 1 - sum(part.values()), **part}.items()}
+
+
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}                    # dense bfloat16 operations a second, data sheets
+
+
+def bench(config, parts, gpt, params):
+    """Print what everything costs on this device: reading against context length, the parts of NAMM, a population, CMA-ES,
+    pre-training. params (4172,): the evolved NAMM, or any."""
+    device, delay, rows = config.device, config.delay, min(4, config.rows)
+    statistics = feature_statistics(gpt, parts["evolve"], config)
+    kinds = {"full cache, fused": (None, False), "full cache, written out": (lambda *_: None, True),
+             "NAMM, nothing evicted": (namm.namm(torch.zeros_like(params[None]), *statistics), True),
+             "NAMM": (manager(params[None], statistics, config), True)}
+    print(f"{rows} rows, blocks of {delay} tokens, {torch.get_num_threads()} threads, {device}; tokens a second, and most slots\n\n"
+          f"| tokens | {' | '.join(kinds)} | slots in memory, full cache | NAMM |\n" + "|---" * (len(kinds) + 3) + "|")
+    for times in config.report_at:
+        text = torch.from_numpy(np.stack([parts["report"].text(np.random.default_rng(i), times * config.length)
+                                          for i in range(rows)])).long().to(device)
+        slots, cells = [], []
+        for manage, weights in kinds.values():
+            most = 0
+
+            def watched(layer, cache, received):
+                nonlocal most
+                most = max(most, cache.keys.shape[2])                      # before the eviction: survivors and a block
+                if manage:
+                    manage(layer, cache, received)
+
+            def whole():
+                cache = gpt.new_cache(rows, config.positions == "renumbered")
+                with precision(device):
+                    read(gpt, text, cache, delay, watched, weights)
+
+            cells.append(f"{text.numel() / seconds(whole, device, 1):,.0f}")
+            slots.append(str(most))
+        print(f"| {text.shape[1]} | {' | '.join(cells)} | {slots[0]} | {slots[-1]} |", flush=True)
+    print("\nshares of the time with NAMM, at the longest:", shares(whole, device))
+
+    batch = prompts(parts["evolve"], "multikey", 1, np.random.default_rng(0), 4 * config.length, device)
+    for popsize in (1, config.popsize, 2 * config.popsize):
+        candidates = params + 0.1 * torch.randn(popsize, len(params), device=device)
+        groups = candidates.split(config.rows)
+        took = seconds(lambda: [evaluate(gpt, batch, config, manager(group, statistics, config), True) for group in groups], device)
+        print(f"{popsize} candidates x 1 prompt of {batch.tokens.shape[1]} tokens: {popsize / took:.1f} a second")
+    for diagonal in (True, False):
+        es = CMAES(torch.zeros(namm.N_PARAMS), 0.6, 32, diagonal=diagonal)
+        once = seconds(lambda: es.tell(es.ask()[:, 0]), "cpu")
+        print(f"CMA-ES, n = {namm.N_PARAMS}, 32 candidates, {'diagonal' if diagonal else 'full'}: {once:.4f} s a generation"
+              + ("" if diagonal else f"; an eigendecomposition every {es.lazy_gap}: {seconds(lambda: torch.linalg.eigh(es.C), 'cpu', 0):.1f} s"))
+    words = data.training_batch(parts["train"], np.random.default_rng(0), config.batch_tokens // config.length, config.length, 0.25)
+    took = seconds(lambda: train(gpt, lambda step: (*words, step), 4, 1e-9, precision(device)), device) / 4
+    # 6 operations a weight and token, 12 a layer, head width and slot (Kaplan et al. 2020), as if nothing were sampled
+    work = config.batch_tokens * (6 * sum(p.numel() for p in gpt.parameters()) + 12 * config.n_layer * config.n_head
+                                  * config.head_dim * config.length)
+    peak = next((peak for name, peak in PEAK.items() if device == "cuda" and name in torch.cuda.get_device_name()), None)
+    print(f"pre-training: {config.batch_tokens / took:,.0f} tokens a second, {work / took / 1e9:,.1f} GFLOP/s"
+          + (f", {work / took / peak:.0%} of peak" if peak else ""))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Main
 
 def prepare(config):
-    """(folder, parts, sizes of the GPT, its checkpoint or None). Nothing is written before all that can be refused has
-    been looked at: raises ValueError, with a line for the user."""
+    """(folder, encoding, parts, sizes of the GPT, its checkpoint or None). Writes nothing, and looks at all that can be
+    refused: raises ValueError, with a line for the user."""
     texts = data.split(data.documents(config.corpus or None))
     out, source = pathlib.Path(config.out), pathlib.Path(config.base or config.out)
     encoding = data.tokenizer(config.tokenizer, config.vocab_size, source / "tokenizer.tiktoken", texts["train"])
@@ -790,10 +874,7 @@ def prepare(config):
         if differs and not config.base:
             differs = ", ".join(f"{name} {value}" for name, value in differs.items())
             raise ValueError(f"{path} was made with other settings than {differs}; give another --out, or delete it")
-    out.mkdir(parents=True, exist_ok=True)
-    if config.tokenizer == "learned" and world()[0] == 0:
-        save(out / "tokenizer.tiktoken", lambda temporary: data.save_ranks(encoding, temporary))
-    return out, parts, sizes, checkpoint
+    return out, encoding, parts, sizes, checkpoint
 
 
 def trained_by(config):
@@ -866,16 +947,29 @@ def main():
     try:
         if sys.argv[1:2] == ["--summary"]:
             return summary(sys.argv[2:])
-        config = parse()
+        benching = "--bench" in sys.argv
+        config = parse([word for word in sys.argv[1:] if word != "--bench"])
         if "WORLD_SIZE" in os.environ:                                     # torchrun --nproc-per-node=N evolve.py ...
             torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        prepared = prepare(config)
+        out, encoding, parts, sizes, checkpoint = prepare(config)
+        evolved = pathlib.Path(config.base) / "namm.pt" if config.base else None
+        if benching:
+            params = (torch.load(evolved, map_location=config.device, weights_only=True)["params"] if config.base else
+                      torch.randn(namm.N_PARAMS, device=config.device))
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            if config.tokenizer == "learned" and world()[0] == 0:
+                save(out / "tokenizer.tiktoken", lambda temporary: data.save_ranks(encoding, temporary))
     except (ValueError, OSError) as error:
         print(f"evolve.py: {error}", file=sys.stderr)
         sys.exit(2)
-    run(config, *prepared)
+    if benching:
+        gpt = GPT(GPTConfig(**(checkpoint["config"] if checkpoint else sizes))).to(config.device).eval()
+        bench(config, parts, gpt, params)
+    else:
+        run(config, out, parts, sizes, checkpoint)
 
 
 if __name__ == "__main__":

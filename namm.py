@@ -22,6 +22,7 @@ from functools import lru_cache, partial
 
 import torch
 from torch.nn.functional import avg_pool1d, pad, scaled_dot_product_attention
+from torch.profiler import record_function
 
 N_FFT, HOP = 32, 16                # samples in a window, and from one window to the next
 F = N_FFT // 2 + 1                 # 17 frequency bins
@@ -210,18 +211,21 @@ def namm(params, mean, std, threshold=0.0, capacity=None, sees="all", scorer="ba
     drop the same tokens, by the mean of their scores."""
     def manage(layer, cache, attention):
         with torch.autocast(attention.device.type, enabled=False):         # float32 here, whatever the GPT computes in
-            x = features(spectra(cache, attention, sees), cache.seen - 1 - cache.positions, mean, std)
+            with record_function("spectrogram"):                           # the names that `evolve.py --bench` prints
+                x = features(spectra(cache, attention, sees), cache.seen - 1 - cache.positions, mean, std)
             if sees in BLIND:
                 x[..., BLIND[sees]] = 0.0
-            if cache.copies < len(params):
-                cache.repeat(len(params))
-                x = x.repeat(len(params), 1, 1, 1)
-            scores = SCORERS[scorer][0](x, params, cache.alive)
+            with record_function("BAM"):
+                if cache.copies < len(params):
+                    cache.repeat(len(params))
+                    x = x.repeat(len(params), 1, 1, 1)
+                scores = SCORERS[scorer][0](x, params, cache.alive)
             if not per_head:
                 scores = scores.mean(1, keepdim=True).expand_as(scores)
-            scores = scores.masked_fill(~cache.alive, -torch.inf)
-            keep = keep_mask(scores, threshold)
-            cache.evict(keep & keep_best(scores, capacity) if capacity else keep)
+            with record_function("eviction"):
+                scores = scores.masked_fill(~cache.alive, -torch.inf)
+                keep = keep_mask(scores, threshold)
+                cache.evict(keep & keep_best(scores, capacity) if capacity else keep)
     return manage
 
 
