@@ -772,6 +772,19 @@ def test_two_processes_are_the_run_of_one(tmp_path):
         assert [float(x.strip("%")) for x in first] == pytest.approx([float(x.strip("%")) for x in second], abs=0.2, rel=0.01)
 
 
+def test_bench_prints_every_row(parts, monkeypatch, capsys):
+    """Catches: a benchmark that breaks, and a cache that is masked instead of cut: NAMM's most slots are its capacity and
+    one block at every length, the full cache's all tokens."""
+    monkeypatch.setattr(torch.linalg, "eigh", lambda C: None)              # 4172 x 4172 takes half a minute
+    config = evolve.Config(**evolve.PRESETS["smoke"] | dict(device="cpu", report_at=(2, 8)))
+    gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, head_dim=8, n_hidden=32)).eval()
+    evolve.bench(config, parts[2], gpt, torch.randn(4172))
+    out = capsys.readouterr().out
+    lines = [line.split(" | ") for line in out.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    assert [[int(line[0][2:]), int(line[-2]), int(line[-1].strip(" |"))] for line in lines] == [[128, 128, 40], [512, 512, 40]]
+    assert "BAM" in out and "CMA-ES" in out and "GFLOP/s" in out
+
+
 def test_table_by_hand():
     """Means over tasks, then over seeds; the ratio of means; the interval. Catches: a mean of ratios, a standard error that
     forgets the number of tasks or seeds."""
