@@ -118,7 +118,14 @@ def parse(argv=None):
         shown = ",".join(map(str, f.default)) if f.type is tuple else f.default
         parser.add_argument("--" + f.name, type=numbers if f.type is tuple else f.type,
                             metavar="VALUE", help=f"{f.metadata['help']} [{shown}]")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
     given = vars(parser.parse_args(argv))
+    if "resume" in given:
+        made = pathlib.Path(given.pop("resume")) / "config.json"
+        if not made.exists():
+            raise ValueError(f"--resume {made.parent}: the folder holds no run (no config.json)")
+        own = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(made.read_text()).items()}
+        given = own | {"out": str(made.parent)} | given
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = given.pop("preset", "gpu" if device == "cuda" else "cpu")
     config = Config(**{"out": f"runs/{preset}", **PRESETS[preset], **given, "device": device})
@@ -383,8 +390,9 @@ def fitness(gpt, params, statistics, best, part, tasks, lengths, count, rng, con
     return total[0], total[1].mean().item()
 
 
-def evolve(gpt, parts, config, log):
-    """Evolve the manager of the cache. Returns its parameters (4172,) and the statistics of the features.
+def evolve(gpt, parts, config, log, state, keep):
+    """Evolve the manager of the cache. Returns its parameters (4172,), the statistics of the features, and what it cost.
+    keep(state) is called after each generation; from that state evolution goes on to the same bits.
 
     Fresh prompts each generation, one more task in each of three stages. The mean of the search distribution is what is
     kept, since a single candidate's fitness is noisy; of the means, the one with the best fitness on the prompts to
@@ -399,10 +407,14 @@ def evolve(gpt, parts, config, log):
                        np.random.default_rng([config.seed, 3]), config)
 
     [full], _ = validate(None)
-    highest, chosen, passed, start = -math.inf, None, None, time.time()
+    state = state or {"next": 0, "highest": -math.inf, "chosen": None, "passed": None, "seconds": 0.0}
+    if "es" in state:
+        es.load_state_dict(state["es"])
+    start = time.time() - state["seconds"]
     log(f"the full cache's fitness on the prompts to choose by: {full:.3f}")
     log("generation tasks | candidates: fitness   best  cache | mean: fitness  cache | sigma  axis ratio | seconds  left")
-    for g in tqdm(range(config.generations + 1), desc="evolve", mininterval=1, dynamic_ncols=True, disable=True if world()[0] else None):
+    for g in tqdm(range(state["next"], config.generations + 1), desc="evolve", initial=state["next"], mininterval=1,
+                  total=config.generations + 1, dynamic_ncols=True, disable=True if world()[0] else None):
         began, stage = time.time(), config.stages * max(0, g - 1) // config.generations
         tasks = data.EVOLVED[:len(data.EVOLVED) - config.stages + 1 + stage]
         of_all, of_mean = " " * 33, " " * 20
@@ -415,18 +427,22 @@ def evolve(gpt, parts, config, log):
         if g % config.validate == 0 or g == config.generations:
             mean = (es.mean * scale).float()
             [value], kept = validate(mean[None].to(config.device))
-            star = "*" if g and value > highest else " "
-            highest, chosen = (value, mean) if star == "*" else (highest, chosen)
-            passed = g if passed is None and value > full else passed
+            star = "*" if g and value > state["highest"] else " "
+            if star == "*":
+                state |= {"highest": value.item(), "chosen": mean}
+            if state["passed"] is None and value > full:
+                state["passed"] = g
             of_mean = f"{value:12.3f}{star} {kept:6.1%}"
         left = (time.time() - start) / (g + 1) * (config.generations - g)
         log(f"{g:5d}/{config.generations:<4d} {len(tasks):5d} | {of_all} | {of_mean} | {es.sigma:5.3f} "
             f"{(es.D.max() / es.D.min()).item():11.2f} | {time.time() - began:7.1f} {left:4.0f}s")
-    cost = {"generations": config.generations, "passed the full cache at generation": passed, "seconds": time.time() - start,
+        keep(state | {"next": g + 1, "es": es.state_dict(), "seconds": time.time() - start})
+    cost = {"generations": config.generations, "passed the full cache at generation": state["passed"],
+            "seconds": time.time() - start,
             "candidate prompts read": sum(config.popsize * config.prompts * (len(data.EVOLVED) - config.stages + 1 +
                                           config.stages * g // config.generations) for g in range(config.generations))}
     log(f"evolution: {json.dumps(cost)}")
-    return chosen, statistics, cost
+    return state["chosen"], statistics, cost
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -607,10 +623,24 @@ def lost(gpt, params, statistics, part, config):
 # 6. Tables and pictures
 
 def save(path, write):
-    """Call write(temporary path), then move the file to `path`: it is there whole or not at all."""
+    """Call write(temporary path), then move the file to `path`: after a crash it is there whole, or as it was before."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def load(path, device="cpu"):
+    """What torch.save wrote to `path`, or None if there is no such file. A file from a stranger runs no code. Raises
+    ValueError, with a line for the user, for one that is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:                                             # torch.load raises many kinds
+        raise ValueError(f"{path}: damaged, or not a file of this program ({type(error).__name__}); delete it, and what it "
+                         f"held is computed again") from None
 
 
 def spread(values, digits=2):
@@ -857,7 +887,7 @@ def bench(config, parts, gpt, params):
 # 8. Main
 
 def prepare(config):
-    """(folder, encoding, parts, sizes of the GPT, its checkpoint or None). Writes nothing, and looks at all that can be
+    """(folder, encoding, parts, sizes of the GPT, what earlier runs left: {name: state or None}). Writes nothing, and looks at all that can be
     refused: raises ValueError, with a line for the user."""
     texts = data.split(data.documents(config.corpus or None))
     out, source = pathlib.Path(config.out), pathlib.Path(config.base or config.out)
@@ -865,25 +895,26 @@ def prepare(config):
     parts = data.make_parts(texts, encoding, config.length * max(*config.evolve_at, *config.report_at))
     names = [f.name for f in dataclasses.fields(GPTConfig)]
     sizes = {name: value for name, value in vars(config).items() if name in names} | {"vocab_size": encoding.n_vocab}
-    checkpoint, path = None, source / "gpt.pt"
+    made, path = out / "config.json", source / "gpt.pt"
+    if made.exists():
+        old, new = json.loads(made.read_text()), json.loads(json.dumps(vars(config)))
+        differs = {name: value for name, value in new.items() if name not in FREE and old.get(name) != value}
+        if differs:
+            differs = ", ".join(f"{name} {value}" for name, value in differs.items())
+            raise ValueError(f"{out} holds a run with other settings than {differs}; give another --out, or delete it")
     if config.base and not path.exists():
         raise ValueError(f"--base {config.base}: the folder has no gpt.pt")
-    if path.exists():
-        checkpoint = torch.load(path, map_location=config.device, weights_only=True)
-        differs = {k: v for k, v in (trained_by(config) | sizes).items() if checkpoint["made_by"].get(k) != v}
-        if differs and not config.base:
-            differs = ", ".join(f"{name} {value}" for name, value in differs.items())
-            raise ValueError(f"{path} was made with other settings than {differs}; give another --out, or delete it")
-    return out, encoding, parts, sizes, checkpoint
+    found = {"gpt": load(path, config.device), "training": load(out / "training.pt", config.device),
+             "evolution": load(out / "evolution.pt")}
+    return out, encoding, parts, sizes, found
 
 
-def trained_by(config):
-    """The settings, beside the sizes, that make a GPT what it is."""
-    return {name: getattr(config, name) for name in "length steps batch_tokens lr recall seed corpus tokenizer".split()}
+FREE = ("out", "device", "methods", "report_prompts", "far_prompts", "report_at", "rows")   # may change when a run goes on
 
 
-def base_model(out, part, sizes, checkpoint, config, log):
-    """The GPT of the checkpoint, or a new one, trained on the part and saved."""
+def base_model(out, part, sizes, found, config, log):
+    """The GPT that was found, or a new one, trained on the part and saved."""
+    checkpoint, state = found["gpt"], found["training"]
     if checkpoint:
         gpt = GPT(GPTConfig(**checkpoint["config"])).to(config.device)
         gpt.load_state_dict(checkpoint["model"])
@@ -901,18 +932,25 @@ def base_model(out, part, sizes, checkpoint, config, log):
                                            config.recall if done >= 0.5 else 0.0)
         return batch, words, config.seed * 1_000_003 + step
 
-    log(f"training a GPT of {sum(p.numel() for p in gpt.parameters()):,} parameters")
+    log(f"training a GPT of {sum(p.numel() for p in gpt.parameters()):,} parameters"
+        + (f", from step {state['step']}" if state else ""))
     start = time.time()
-    train(gpt, sample, config.steps, config.lr, precision(config.device))
+    train(gpt, sample, config.steps, config.lr, precision(config.device), state, lambda state: keep(out / "training.pt", state))
     log(f"{config.steps * config.batch_tokens:,} tokens of training in {time.time() - start:.0f} s")
-    file = {"config": vars(gpt.config), "model": gpt.state_dict(), "made_by": trained_by(config) | sizes}
+    keep(out / "gpt.pt", {"config": vars(gpt.config), "model": gpt.state_dict()})
     if world()[0] == 0:
-        save(out / "gpt.pt", lambda temporary: torch.save(file, temporary))
+        (out / "training.pt").unlink(missing_ok=True)
     return gpt.eval()
 
 
-def run(config, out, parts, sizes, checkpoint):
-    """Train, evolve, report; the files of the run go to the folder `out`."""
+def keep(path, state):
+    """Save tensors and numbers; the first process does."""
+    if world()[0] == 0:
+        save(path, lambda temporary: torch.save(state, temporary))
+
+
+def run(config, out, parts, sizes, found):
+    """Train, evolve, report; the files of the run go to the folder `out`. What an earlier run left there is not done again."""
     start = time.time()
 
     def log(line):
@@ -927,12 +965,13 @@ def run(config, out, parts, sizes, checkpoint):
     log(f"{json.dumps(dataclasses.asdict(config))}\n{json.dumps(versions)}")
     for name, part in parts.items():
         log(f"{name:8s}{len(part.tokens):10,} tokens of text, {len(part.words):5,} words for keys")
-    gpt = base_model(out, parts["train"], sizes, checkpoint, config, log)
-    params, statistics, cost = evolve(gpt, parts, config, log)
+    gpt = base_model(out, parts["train"], sizes, found, config, log)
+    params, statistics, cost = evolve(gpt, parts, config, log, found["evolution"],
+                                      lambda state: keep(out / "evolution.pt", state))
     if world()[0] > 0:                                                     # the report is written by the first process
         return
     mean, std = (x.cpu() for x in statistics)
-    save(out / "namm.pt", lambda path: torch.save({"params": params, "mean": mean, "std": std}, path))
+    keep(out / "namm.pt", {"params": params, "mean": mean, "std": std})
     result = {"config": dataclasses.asdict(config), "versions": versions, "evolution": cost}
     for section in (report, stream, curve, anatomy, lost)[:1 if config.methods else None]:
         result[section.__name__] = section(gpt, params, statistics, parts["report"], config)
@@ -953,23 +992,26 @@ def main():
             torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        out, encoding, parts, sizes, checkpoint = prepare(config)
+        out, encoding, parts, sizes, found = prepare(config)
         evolved = pathlib.Path(config.base) / "namm.pt" if config.base else None
         if benching:
-            params = (torch.load(evolved, map_location=config.device, weights_only=True)["params"] if config.base else
-                      torch.randn(namm.N_PARAMS, device=config.device))
+            params = load(evolved, config.device)["params"] if config.base else torch.randn(namm.N_PARAMS, device=config.device)
         else:
             out.mkdir(parents=True, exist_ok=True)
+            save(out / "config.json", lambda path: path.write_text(json.dumps(vars(config), indent=1)))
             if config.tokenizer == "learned" and world()[0] == 0:
                 save(out / "tokenizer.tiktoken", lambda temporary: data.save_ranks(encoding, temporary))
     except (ValueError, OSError) as error:
         print(f"evolve.py: {error}", file=sys.stderr)
         sys.exit(2)
     if benching:
-        gpt = GPT(GPTConfig(**(checkpoint["config"] if checkpoint else sizes))).to(config.device).eval()
+        gpt = GPT(GPTConfig(**(found["gpt"]["config"] if found["gpt"] else sizes))).to(config.device).eval()
         bench(config, parts, gpt, params)
     else:
-        run(config, out, parts, sizes, checkpoint)
+        try:
+            run(config, out, parts, sizes, found)
+        except KeyboardInterrupt:
+            sys.exit(f"\nstopped; the same command goes on from here, and so does: python evolve.py --resume {out}")
 
 
 if __name__ == "__main__":

@@ -350,19 +350,28 @@ def gradient(gpt, batch, recall, seed, rows, device, precision):
     return torch.stack([answers, text, recalled, right]).detach()
 
 
-def train(gpt, sample, steps, lr, precision):
+def train(gpt, sample, steps, lr, precision, state=None, keep=None):
     """Train the matrices of the layers by Muon, all else by AdamW: a short warm-up, then a straight decay to 5 %.
 
     sample(step) gives the step's prompts, with tokens (N,L), answer (N,L), tasks [name] * N; words to recall (N,L-1); and a
     seed: the same in all processes, each of which takes its rows. `precision`: a context to compute the loss in. Out of
-    memory, it goes on with half the rows at once: the gradient is the same."""
+    memory, it goes on with half the rows at once: the gradient is the same. keep(state) is called every 100 steps; from that
+    state the training goes on to the same bits."""
     matrices = [p for name, p in gpt.layers.named_parameters() if p.dim() == 2 and "taps" not in name]
     others = [p for p in gpt.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = {torch.optim.Muon(matrices, weight_decay=0.0): 5 * lr,
                   torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0): lr}
-    (rank, size), accuracy, device, most = world(), {}, matrices[0].device, math.inf
-    bar = tqdm(range(steps), desc="train GPT", mininterval=1, dynamic_ncols=True, disable=True if rank else None)
+    (rank, size), accuracy, device, most, first = world(), {}, matrices[0].device, math.inf, 0
+    if state:
+        first = state["step"]
+        gpt.load_state_dict(state["model"])
+        for optimizer, own in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(own)
+    bar = tqdm(range(first, steps), desc="train GPT", initial=first, total=steps, mininterval=1, dynamic_ncols=True,
+               disable=True if rank else None)
     for step in bar:
+        if keep and step % 100 == 0 and step > first:
+            keep({"step": step, "model": gpt.state_dict(), "optimizers": [own.state_dict() for own in optimizers]})
         batch, recall, seed = sample(step)
         N, L = batch.tokens.shape
         for optimizer, peak in optimizers.items():

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -752,6 +753,31 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(tmp_path):
     assert other.returncode == 2 and "steps 3" in other.stderr and len(other.stderr.splitlines()) == 1
 
 
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
+    """SIGKILL at three moments, then the same command again: the GPT and the vector of a run never stopped. Catches: random
+    state that is lost, a file half written, a generation counted twice."""
+    settings = ["--preset", "smoke", "--device", "cpu", "--corpus", ".", "--steps", "250", "--generations", "12", "--report_at",
+                "1", "--methods", "namm,full"]
+    assert run(*settings, "--out", tmp_path / "whole").returncode == 0
+    command = [sys.executable, "evolve.py", *settings, "--out", str(tmp_path / "killed")]
+    for file in ("training.pt", "gpt.pt", "evolution.pt"):                 # as soon as the run has got so far
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (tmp_path / "killed" / file).exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() != 0
+    done = run("--resume", tmp_path / "killed")
+    assert done.returncode == 0, done.stderr
+    assert "from step" in (tmp_path / "killed" / "log.txt").read_text()
+    for name in ("gpt.pt", "namm.pt"):
+        a, b = (torch.load(tmp_path / folder / name, weights_only=True) for folder in ("whole", "killed"))
+        a, b = (x.get("model", x) for x in (a, b))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    (tmp_path / "killed" / "evolution.pt").write_bytes(b"no checkpoint")
+    refused = run("--resume", tmp_path / "killed")
+    assert refused.returncode == 2 and "damaged" in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
 def test_two_processes_are_the_run_of_one(tmp_path):
     """torchrun with two gloo processes against one process: the same candidates and prompts, so the same vector, and a GPT
     equal but for the order of sums. Catches: a process that draws its own noise, fitness that is not gathered, gradients
@@ -804,7 +830,7 @@ def test_table_by_hand():
     (["--scorer", "x"], "scorer"), (["--heads", "x"], "heads"), (["--stages", "4"], "stages"), (["--evolve_at", "2,0"], "evolve_at"),
     (["--evolve_at", "a"], "evolve_at"), (["--sigma", "-1"], "sigma"), (["--unknown", "1"], "unknown"),
     (["--preset", "huge"], "preset"), (["--covariance", "none"], "covariance"), (["--positions", "x"], "positions"), (["--methods", "h2o"], "methods"),
-    (["--base", "{dir}/missing"], "gpt.pt"), (["--tokenizer", "no-such-encoding"], "tokenizer"), (["--device", "tpu"], "device"),
+    (["--base", "{dir}/missing"], "gpt.pt"), (["--resume", "{dir}/missing"], "holds no run"), (["--tokenizer", "no-such-encoding"], "tokenizer"), (["--device", "tpu"], "device"),
 ])
 def test_bad_input_ends_in_a_line_and_leaves_nothing(tmp_path, arguments, says):
     """Exit code 2, a line that names the cause, no traceback, no folder. Catches: errors after work was done."""
