@@ -351,6 +351,18 @@ def depth(batch):
     return torch.tensor(found)
 
 
+def told(tokens, answer, n):
+    """Where a context of n tokens says what will be asked for: the places of each answer's tokens, wherever they follow the
+    same token as in the question. tokens, answer (L,) of one prompt -> (places,), ascending."""
+    found = []
+    for which in range(1, answer.max() + 1):
+        at = np.flatnonzero(answer == which)
+        asked = tokens[at[0] - 1:at[-1] + 1]                               # the question's last token and the answer
+        starts = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(tokens[:n], len(asked)) == asked).all(1))
+        found.append((starts[:, None] + np.arange(1, len(asked))).ravel())
+    return np.unique(np.concatenate(found))
+
+
 def training_batch(part, rng, rows, length, recall):
     """`rows` prompts of random tasks, and words to recall, (N, L-1): at a share `recall` of the places in a context, a word
     that was read before and will be asked for, any of them; -1 elsewhere. A large model expects what was said to matter
@@ -359,10 +371,11 @@ def training_batch(part, rng, rows, length, recall):
     prompts = batch(part, rng.choice(list(TASKS), rows), rng, length)
     tokens, answer, words = prompts.tokens.numpy(), prompts.answer.numpy(), np.full((rows, length - 1), -1)
     for i, task in enumerate(prompts.tasks):
-        said = np.flatnonzero(np.isin(tokens[i, :prompts.context], tokens[i][answer[i] > 0]))
+        if task == "lm":
+            continue
+        said = told(tokens[i], answer[i], prompts.context)
         places = np.flatnonzero(rng.random(prompts.context) < recall)
         before = np.searchsorted(said, places)                             # how many such words were read by then
-        if task != "lm":
-            places, before = places[before > 0], before[before > 0]
-            words[i, places] = tokens[i, said[(rng.random(len(places)) * before).astype(int)]]
+        places, before = places[before > 0], before[before > 0]
+        words[i, places] = tokens[i, said[(rng.random(len(places)) * before).astype(int)]]
     return prompts, torch.from_numpy(words)
