@@ -773,6 +773,10 @@ def summary(paths):
     kept = [dict(row, method=row["kind"]) for row in rows("anatomy")]
     grid("Share kept, by kind of token", kept, "layer {0}, head {1}", lambda row: (row["layer"], row["head"]),
          lambda row: row["kept"])
+    spectra = [dict(method=f"layer {row['layer']}, head {row['head']}", bin=f, ratio=kept / dropped) for row in rows("anatomy")
+               if row["kind"] == "all" for f, (kept, dropped) in enumerate(zip(row["spectrum_kept"], row["spectrum_dropped"]))]
+    grid("Mean spectrum of the tokens that stay over that of those that go, by frequency bin", spectra, "{0}",
+         lambda row: (row["bin"],), lambda row: row["ratio"])
     full = {length: np.mean([row["seconds"] for row in rows("report") if row["method"] == "full" and row["length"] == length])
             for length in {row["length"] for row in rows("report")}}
     grid("Seconds for the same prompts, over the full cache's", rows("report"), "{0} tokens", lambda row: (row["length"],),

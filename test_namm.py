@@ -585,6 +585,14 @@ def test_words_to_recall_were_read_before_and_are_asked_for(parts):
         assert batch.tasks[row] != "lm" and word in batch.tokens[row, :place] and word in batch.tokens[row][batch.answer[row] > 0]
 
 
+def test_told_finds_what_the_facts_say():
+    """By hand: key 7 has value 8, key 5 has 9 6; the 8 and the 9 elsewhere say nothing. Catches: any occurrence of a word taken
+    for the fact, answers of several tokens cut short."""
+    tokens = np.array([8, 1, 7, 8, 1, 5, 9, 6, 9, 1, 7, 8, 1, 5, 9, 6])
+    answer = np.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 2, 2])
+    assert data.told(tokens, answer, 9).tolist() == [3, 6, 7]
+
+
 def test_recall_is_asked_of_one_head_alone(parts):
     """Against the output of an attention layer whose other heads are cut off by zeros. Catches: what one head read going
     through another's part of the output matrix, a residual stream that helps it, a head that is never asked."""
