@@ -101,6 +101,9 @@ PRESETS = {
 }
 
 
+FREE = ("out", "device", "methods", "report_prompts", "far_prompts", "report_at", "rows")   # may change when a run goes on
+
+
 def numbers(text):
     """ "1,2,4" -> (1, 2, 4)."""
     return tuple(int(number) for number in text.split(","))
@@ -748,6 +751,8 @@ def summary(paths):
     """Markdown from the results.json of several runs. The first run and those that differ from it only in seed and base are
     one group: tables of means over seeds. All other runs are grouped by what they changed, one line a group."""
     runs = [json.loads(pathlib.Path(path).read_text()) for path in paths]
+    if not runs or not all(isinstance(run, dict) and "report" in run for run in runs):
+        raise ValueError("--summary: give it the results.json of one run or more")
     free = {"seed", "base", "out", "device", "report_prompts", "far_prompts", "report_at", "methods"}
     first = runs[0]["config"]
     changed = lambda run: ", ".join(f"{k} {v}" for k, v in run["config"].items() if k not in free and v != first.get(k))
@@ -833,13 +838,16 @@ def shares(f, device):
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}                    # dense bfloat16 operations a second, data sheets
 
 
-def bench(config, parts, gpt, params):
+def bench(config, parts, gpt, evolved):
     """Print what everything costs on this device: reading against context length, the parts of NAMM, a population, CMA-ES,
-    pre-training. params (4172,): the evolved NAMM, or any."""
+    pre-training. evolved: what a namm.pt holds; None for random parameters, which evict about half."""
     device, delay, rows = config.device, config.delay, min(4, config.rows)
-    statistics = feature_statistics(gpt, parts["evolve"], config)
+    if evolved is None:
+        mean, std = feature_statistics(gpt, parts["evolve"], config)
+        evolved = {"params": torch.randn(len(namm.scale(config.scorer)), device=device), "mean": mean, "std": std}
+    params, *statistics = evolved["params"].to(device), evolved["mean"].to(device), evolved["std"].to(device)
     kinds = {"full cache, fused": (None, False), "full cache, written out": (lambda *_: None, True),
-             "NAMM, nothing evicted": (namm.namm(torch.zeros_like(params[None]), *statistics), True),
+             "NAMM, nothing evicted": (manager(torch.zeros_like(params[None]), statistics, config, capacity=0), True),
              "NAMM": (manager(params[None], statistics, config), True)}
     print(f"{rows} rows, blocks of {delay} tokens, {torch.get_num_threads()} threads, {device}; tokens a second, and most slots\n\n"
           f"| tokens | {' | '.join(kinds)} | slots in memory, full cache | NAMM |\n" + "|---" * (len(kinds) + 3) + "|")
@@ -891,8 +899,8 @@ def bench(config, parts, gpt, params):
 # 8. Main
 
 def prepare(config):
-    """(folder, encoding, parts, sizes of the GPT, what earlier runs left: {name: state or None}). Writes nothing, and looks at all that can be
-    refused: raises ValueError, with a line for the user."""
+    """(folder, encoding, parts, sizes of the GPT, what earlier runs left: {name: state or None}). Writes nothing, and looks at
+    all that can be refused: raises ValueError, with a line for the user."""
     texts = data.split(data.documents(config.corpus or None))
     out, source = pathlib.Path(config.out), pathlib.Path(config.base or config.out)
     encoding = data.tokenizer(config.tokenizer, config.vocab_size, source / "tokenizer.tiktoken", texts["train"])
@@ -906,24 +914,28 @@ def prepare(config):
         if differs:
             differs = ", ".join(f"{name} {value}" for name, value in differs.items())
             raise ValueError(f"{out} holds a run with other settings than {differs}; give another --out, or delete it")
+    elif (out / "gpt.pt").exists():
+        raise ValueError(f"{out} holds a gpt.pt but no config.json: it is not a run of this version; give another --out")
     if config.base and not path.exists():
         raise ValueError(f"--base {config.base}: the folder has no gpt.pt")
     found = {"gpt": load(path, config.device), "training": load(out / "training.pt", config.device),
-             "evolution": load(out / "evolution.pt")}
+             "evolution": load(out / "evolution.pt"), "namm": load(source / "namm.pt", config.device)}
     return out, encoding, parts, sizes, found
 
 
-FREE = ("out", "device", "methods", "report_prompts", "far_prompts", "report_at", "rows")   # may change when a run goes on
+def restored(checkpoint, device):
+    """The GPT of a gpt.pt."""
+    gpt = GPT(GPTConfig(**checkpoint["config"])).to(device)
+    gpt.load_state_dict(checkpoint["model"])
+    return gpt.eval()
 
 
 def base_model(out, part, sizes, found, config, log):
     """The GPT that was found, or a new one, trained on the part and saved."""
-    checkpoint, state = found["gpt"], found["training"]
-    if checkpoint:
-        gpt = GPT(GPTConfig(**checkpoint["config"])).to(config.device)
-        gpt.load_state_dict(checkpoint["model"])
+    if found["gpt"]:
         log("GPT: that of an earlier run")
-        return gpt.eval()
+        return restored(found["gpt"], config.device)
+    state = found["training"]
     torch.manual_seed(config.seed)
     gpt = GPT(GPTConfig(**sizes)).to(config.device)
 
@@ -997,25 +1009,21 @@ def main():
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         out, encoding, parts, sizes, found = prepare(config)
-        evolved = pathlib.Path(config.base) / "namm.pt" if config.base else None
-        if benching:
-            params = load(evolved, config.device)["params"] if config.base else torch.randn(namm.N_PARAMS, device=config.device)
-        else:
+        if not benching and world()[0] == 0:
             out.mkdir(parents=True, exist_ok=True)
             save(out / "config.json", lambda path: path.write_text(json.dumps(vars(config), indent=1)))
-            if config.tokenizer == "learned" and world()[0] == 0:
+            if config.tokenizer == "learned":
                 save(out / "tokenizer.tiktoken", lambda temporary: data.save_ranks(encoding, temporary))
     except (ValueError, OSError) as error:
         print(f"evolve.py: {error}", file=sys.stderr)
         sys.exit(2)
-    if benching:
-        gpt = GPT(GPTConfig(**(found["gpt"]["config"] if found["gpt"] else sizes))).to(config.device).eval()
-        bench(config, parts, gpt, params)
-    else:
-        try:
-            run(config, out, parts, sizes, found)
-        except KeyboardInterrupt:
-            sys.exit(f"\nstopped; the same command goes on from here, and so does: python evolve.py --resume {out}")
+    if benching:                                                           # of what is there, else of any weights
+        gpt = restored(found["gpt"], config.device) if found["gpt"] else GPT(GPTConfig(**sizes)).to(config.device).eval()
+        return bench(config, parts, gpt, found["namm"])
+    try:
+        run(config, out, parts, sizes, found)
+    except KeyboardInterrupt:
+        sys.exit(f"\nstopped; the same command goes on from here, and so does: python evolve.py --resume {out}")
 
 
 if __name__ == "__main__":

@@ -812,7 +812,7 @@ def test_bench_prints_every_row(parts, monkeypatch, capsys):
     monkeypatch.setattr(torch.linalg, "eigh", lambda C: None)              # 4172 x 4172 takes half a minute
     config = evolve.Config(**evolve.PRESETS["smoke"] | dict(device="cpu", report_at=(2, 8)))
     gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, head_dim=8, n_hidden=32)).eval()
-    evolve.bench(config, parts[2], gpt, torch.randn(4172))
+    evolve.bench(config, parts[2], gpt, None)
     out = capsys.readouterr().out
     lines = [line.split(" | ") for line in out.splitlines() if line.startswith("| ") and line[2].isdigit()]
     assert [[int(line[0][2:]), int(line[-2]), int(line[-1].strip(" |"))] for line in lines] == [[128, 128, 40], [512, 512, 40]]
