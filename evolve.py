@@ -844,7 +844,8 @@ def bench(config, parts, gpt, evolved):
     device, delay, rows = config.device, config.delay, min(4, config.rows)
     if evolved is None:
         mean, std = feature_statistics(gpt, parts["evolve"], config)
-        evolved = {"params": torch.randn(len(namm.scale(config.scorer)), device=device), "mean": mean, "std": std}
+        noise = np.random.default_rng(config.seed).standard_normal(len(namm.scale(config.scorer)))
+        evolved = {"params": torch.from_numpy(noise).float(), "mean": mean, "std": std}
     params, *statistics = evolved["params"].to(device), evolved["mean"].to(device), evolved["std"].to(device)
     kinds = {"full cache, fused": (None, False), "full cache, written out": (lambda *_: None, True),
              "NAMM, nothing evicted": (manager(torch.zeros_like(params[None]), statistics, config, capacity=0), True),

@@ -815,7 +815,8 @@ def test_bench_prints_every_row(parts, monkeypatch, capsys):
     evolve.bench(config, parts[2], gpt, None)
     out = capsys.readouterr().out
     lines = [line.split(" | ") for line in out.splitlines() if line.startswith("| ") and line[2].isdigit()]
-    assert [[int(line[0][2:]), int(line[-2]), int(line[-1].strip(" |"))] for line in lines] == [[128, 128, 40], [512, 512, 40]]
+    assert [[int(line[0][2:]), int(line[-2])] for line in lines] == [[128, 128], [512, 512]]
+    assert all(16 < int(line[-1].strip(" |")) <= 24 + 16 for line in lines)
     assert "BAM" in out and "CMA-ES" in out and "GFLOP/s" in out
 
 
