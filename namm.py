@@ -195,7 +195,7 @@ def spectra(cache, attention, sees):
         cache.state = {"tail": attention.new_zeros(B, K, S, HOP), "spectrum": attention.new_zeros(B, K, S, F)}
     transform = {"values": values, "moments": moments}.get(sees, spectrogram)
     tail, average = cache.state["tail"], cache.state["spectrum"]
-    for piece in attention.split(4 * HOP, dim=2):                          # few frames at once: they fit a CPU's cache
+    for piece in attention.split(HOP, dim=2):                              # frame by frame: it fits the cache of a CPU
         magnitudes, tail = transform(piece, tail)
         average = moving_average(magnitudes, average)
     cache.state = {"tail": tail, "spectrum": average}
