@@ -946,7 +946,7 @@ def base_model(out, part, sizes, found, config, log):
         shorter = 4 if done < 0.25 else rng.choice([4, 2]) if done < 0.5 else rng.choice([4, 2, 1], p=[1 / 6, 1 / 6, 2 / 3])
         length = max(64, config.length // int(shorter))
         batch, words = data.training_batch(part, rng, config.batch_tokens // length, length,
-                                           config.recall if done >= 0.5 else 0.0)
+                                           config.recall if done >= 0.25 else 0.0)
         return batch, words, config.seed * 1_000_003 + step
 
     log(f"training a GPT of {sum(p.numel() for p in gpt.parameters()):,} parameters"
