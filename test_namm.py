@@ -727,6 +727,19 @@ def test_bfloat16_gives_nearly_the_same_answers(parts, monkeypatch):
     assert torch.equal(roughly[3], exactly[3])
 
 
+def test_bfloat16_gives_nearly_the_same_gradient(parts):
+    """The precision of a GPU, on the CPU, in training. Catches: losses summed in bfloat16, a cache that mixes types."""
+    torch.manual_seed(0)
+    gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, n_hidden=32))
+    batch, words = data.training_batch(parts[2]["train"], np.random.default_rng(0), 8, 128, 0.25)
+    gradients = []
+    for precision in (evolve.precision("cpu"), torch.autocast("cpu", torch.bfloat16)):
+        model.gradient(gpt, batch, words, 0, torch.arange(8), "cpu", precision)
+        gradients.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]))
+        gpt.zero_grad()
+    assert F.cosine_similarity(*gradients, dim=0) > 0.99
+
+
 # --- the program -------------------------------------------------------------------------------------------------------
 
 def run(*arguments):
