@@ -288,10 +288,10 @@ def trace(part, rng, n, room):
 
 def copy(part, rng, n, room):
     """Marked lines of real text, one to be repeated: RULER's and NIAH's control.
-    Context: `... line header: in order to find ...` question: `line header:` answer: ` in order to find`."""
-    line, colon, end = part.encode("line"), part.encode(":"), part.encode("\n")
-    asks = [line + [key] + colon for key in part.pick(rng, facts(n, 9, 4))]
-    values = [[token for token in part.text(rng, 64) if not part.blank[token]][:4] for _ in asks]
+    Context: `... line header> in order to ...` question: `line header>` answer: ` in order to`."""
+    line, mark, end = part.encode("line"), part.encode(">"), part.encode("\n")
+    asks = [line + [key] + mark for key in part.pick(rng, facts(n, 8, 4))]
+    values = [[token for token in part.text(rng, 64) if not part.blank[token]][:3] for _ in asks]
     context = weave(part, rng, [ask + value + end for ask, value in zip(asks, values)], n)
     return context, [(end + asks[i], values[i]) for i in rng.permutation(len(asks))]
 
