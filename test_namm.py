@@ -804,7 +804,7 @@ def test_two_processes_are_the_run_of_one(tmp_path):
     equal but for the order of sums. Catches: a process that draws its own noise, fitness that is not gathered, gradients
     that are averaged twice."""
     one, two = tmp_path / "one", tmp_path / "two"
-    settings = ["--preset", "smoke", "--device", "cpu", "--report_at", "1", "--methods", "namm,full"]
+    settings = ["--preset", "smoke", "--device", "cpu", "--corpus", ".", "--report_at", "1", "--methods", "namm,full"]
     assert run(*settings, "--out", one).returncode == 0
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "evolve.py",
                            *settings, "--out", str(two)], capture_output=True, text=True)
