@@ -753,6 +753,8 @@ def summary(paths):
     runs = [json.loads(pathlib.Path(path).read_text()) for path in paths]
     if not runs or not all(isinstance(run, dict) and "report" in run for run in runs):
         raise ValueError("--summary: give it the results.json of one run or more")
+    if runs[0]["config"]["methods"]:
+        raise ValueError("--summary: the first run must have reported on all methods")
     free = {"seed", "base", "out", "device", "report_prompts", "far_prompts", "report_at", "methods"}
     first = runs[0]["config"]
     changed = lambda run: ", ".join(f"{k} {v}" for k, v in run["config"].items() if k not in free and v != first.get(k))

@@ -852,7 +852,8 @@ def test_table_by_hand():
     (["--scorer", "x"], "scorer"), (["--heads", "x"], "heads"), (["--stages", "4"], "stages"), (["--evolve_at", "2,0"], "evolve_at"),
     (["--evolve_at", "a"], "evolve_at"), (["--sigma", "-1"], "sigma"), (["--unknown", "1"], "unknown"),
     (["--preset", "huge"], "preset"), (["--covariance", "none"], "covariance"), (["--positions", "x"], "positions"), (["--methods", "h2o"], "methods"),
-    (["--base", "{dir}/missing"], "gpt.pt"), (["--resume", "{dir}/missing"], "holds no run"), (["--tokenizer", "no-such-encoding"], "tokenizer"), (["--device", "tpu"], "device"),
+    (["--base", "{dir}/missing"], "gpt.pt"), (["--resume", "{dir}/missing"], "holds no run"), (["--generations", "0"], "generations"), (["--far_prompts", "0"], "far_prompts"),
+    (["--vocab_size", "200"], "vocab_size"), (["--capacity", "-1"], "capacity"), (["--recall", "1.5"], "recall"), (["--length", "63"], "length"), (["--tokenizer", "no-such-encoding"], "tokenizer"), (["--device", "tpu"], "device"),
 ])
 def test_bad_input_ends_in_a_line_and_leaves_nothing(tmp_path, arguments, says):
     """Exit code 2, a line that names the cause, no traceback, no folder. Catches: errors after work was done."""
