@@ -840,6 +840,10 @@ def test_table_by_hand():
                  lead_se=0.03) for method, value in (("full", 0.2), ("namm", 0.5)) for task in data.TASKS for seed in (0, 1)]
     full = next(line for line in evolve.table(rows).split("\n") if line.startswith("| full"))
     assert full.split(" | ")[-4:] == ["0.250 ± 0.071", "1.00 ± 0.00", "0.25", "+0.300 ± 0.015 |"]
+    far = [dict(row, length=256, score=row["score"] / 2) for row in rows]
+    extra = [dict(row, method=method) for row in rows + far for method in ("ntk", "h2o") if row["method"] == "full"]
+    line = evolve.claims(rows + far + extra).split("\n")[3].split(" | ")  # 256 tokens; the best is 0.2 and 0.3, seed by seed
+    assert line[4] == "2.20" and line[8] == "1.12 ± 0.18" and line[9].startswith("h2o 0.12") and line[10] == "+0.300 ± 0.015 |"
     namm_line = next(line for line in evolve.table(rows).split("\n") if line.startswith("| namm"))
     assert namm_line.split(" | ")[-3].startswith("2.25")                   # mean of 2.5 and 2.0 over seeds
 
