@@ -452,7 +452,7 @@ def evolve(gpt, parts, config, log, state, keep):
 # 5. Report
 
 METHODS = ("namm", "full", "ntk", *namm.BASELINES)
-FAR = ("namm", "full", "ntk", "streaming", "h2o")                          # worth their time beyond 4 x
+FAR = ("namm", "full", "ntk", "streaming", "h2o", "tova", "snapkv")        # worth their time beyond 4 x
 
 
 def ask(gpt, batches, config, manage, weights):
