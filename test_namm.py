@@ -5,6 +5,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -746,6 +747,15 @@ def run(*arguments):
     return subprocess.run([sys.executable, "evolve.py", *map(str, arguments)], capture_output=True, text=True)
 
 
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder with this project's own files: a text that is read in no time, and that nobody edits while the tests run."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for name in ("namm.py", "model.py", "evolve.py", "data.py", "test_namm.py", "README.md"):
+        shutil.copy(name, folder)
+    return folder
+
+
 def test_smoke_run_writes_everything_and_reuses_its_gpt(tmp_path):
     """The whole program, small. Catches: anything that breaks end to end, and a report that leaves rows out."""
     out = tmp_path / "run"
@@ -774,13 +784,13 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(tmp_path):
     assert other.returncode == 2 and "steps 3" in other.stderr and len(other.stderr.splitlines()) == 1
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, corpus):
     """SIGKILL at three moments, then the same command again: the GPT and the vector of a run never stopped. Catches: random
     state that is lost, a file half written, a generation counted twice."""
-    settings = ["--preset", "smoke", "--device", "cpu", "--corpus", ".", "--steps", "250", "--generations", "12", "--report_at",
+    settings = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--steps", "250", "--generations", "12", "--report_at",
                 "1", "--methods", "namm,full"]
     assert run(*settings, "--out", tmp_path / "whole").returncode == 0
-    command = [sys.executable, "evolve.py", *settings, "--out", str(tmp_path / "killed")]
+    command = [sys.executable, "evolve.py", *map(str, settings), "--out", str(tmp_path / "killed")]
     for file in ("training.pt", "gpt.pt", "evolution.pt"):                 # as soon as the run has got so far
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (tmp_path / "killed" / file).exists() and process.poll() is None:
@@ -799,15 +809,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     assert refused.returncode == 2 and "damaged" in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 
-def test_two_processes_are_the_run_of_one(tmp_path):
+def test_two_processes_are_the_run_of_one(tmp_path, corpus):
     """torchrun with two gloo processes against one process: the same candidates and prompts, so the same vector, and a GPT
     equal but for the order of sums. Catches: a process that draws its own noise, fitness that is not gathered, gradients
     that are averaged twice."""
     one, two = tmp_path / "one", tmp_path / "two"
-    settings = ["--preset", "smoke", "--device", "cpu", "--corpus", ".", "--report_at", "1", "--methods", "namm,full"]
+    settings = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--report_at", "1", "--methods", "namm,full"]
     assert run(*settings, "--out", one).returncode == 0
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "evolve.py",
-                           *settings, "--out", str(two)], capture_output=True, text=True)
+                           *map(str, settings), "--out", str(two)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     a, b = (torch.load(folder / "gpt.pt", weights_only=True)["model"] for folder in (one, two))
     assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
