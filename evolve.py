@@ -804,10 +804,8 @@ def summary(paths):
     text += ["\nEvolution, run by run\n"] + [f"* seed {run['config']['seed']}: {json.dumps(run['evolution'])}" for run in groups[""]]
     print("\n".join(text))
     folder = pathlib.Path(paths[0]).parent
-    cell = {(row["method"], row["length"]): [] for row in rows("report")}
-    for row in rows("report"):
-        cell[row["method"], row["length"]].append(row["score"])
-    full = {length: np.mean(scores) for (method, length), scores in cell.items() if method == "full"}
+    full = {n: np.mean([row["score"] for row in rows("report") if row["method"] == "full" and row["length"] == n])
+            for n in {row["length"] for row in rows("report")}}
     save(folder / "curve.svg", lambda path: picture_curve(rows("curve"), full, path))
     save(folder / "needle.svg", lambda path: picture_needle(rows("report"), path))
 
