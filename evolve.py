@@ -940,12 +940,15 @@ def base_model(out, part, sizes, found, config, log):
     state = found["training"]
     torch.manual_seed(config.seed)
     gpt = GPT(GPTConfig(**sizes)).to(config.device)
+    lengths = sorted(config.length >> k for k in range(config.length.bit_length()) if config.length >> k >= 64)
 
     def sample(step):
-        """Short prompts at first, then short and long ones. The heads are asked to recall once they have found their work."""
+        """The shortest prompts at first, then all lengths but the longest, then mostly that. The heads are asked to recall once
+        they have found their work."""
         rng, done = np.random.default_rng([config.seed, 0, step]), step / config.steps
-        shorter = 4 if done < 0.25 else rng.choice([4, 2]) if done < 0.5 else rng.choice([4, 2, 1], p=[1 / 6, 1 / 6, 2 / 3])
-        length = max(64, config.length // int(shorter))
+        last = np.array([1] * (len(lengths) - 1) + [2 * len(lengths[1:]) or 1])
+        length = int(lengths[0] if done < 0.25 else rng.choice(lengths[:-1] or lengths) if done < 0.5
+                     else rng.choice(lengths, p=last / last.sum()))
         batch, words = data.training_batch(part, rng, config.batch_tokens // length, length,
                                            config.recall if done >= 0.25 else 0.0)
         return batch, words, config.seed * 1_000_003 + step
