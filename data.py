@@ -150,6 +150,7 @@ class Part:
     ends_line: np.ndarray        # (V,) bool: this token ends a line
     blank: np.ndarray            # (V,) bool: this token is white space
     encode: callable             # str -> [token]
+    decode: callable             # [token] -> str
 
     def text(self, rng, n):
         """n consecutive tokens from anywhere, (n,)."""
@@ -191,7 +192,7 @@ def make_parts(texts, encoding, longest):
     words["train"] = np.array([t for t, b in spelled.items() if t not in dealt and b.strip(b" \n0123456789")])
     ends_line = np.array([spelled.get(token, b"").endswith(b"\n") for token in range(encoding.n_vocab)])
     blank = np.array([not spelled.get(token, b"").strip() for token in range(encoding.n_vocab)])
-    return {name: Part(stream, words[name], words["values"], ends_line, blank, encoding.encode_ordinary)
+    return {name: Part(stream, words[name], words["values"], ends_line, blank, encoding.encode_ordinary, encoding.decode)
             for name, stream in streams.items()}
 
 

@@ -12,12 +12,14 @@ Read in this order:
 
 import argparse
 import dataclasses
+import html
 import itertools
 import json
 import math
 import os
 import pathlib
 import platform
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -28,6 +30,7 @@ from tqdm import tqdm
 
 import data
 import namm
+import model
 from model import GPT, GPTConfig, read, summed, train, world
 
 
@@ -44,6 +47,7 @@ class Config:
     """Every setting; `python evolve.py --help` prints this list."""
     out: str = setting("", "folder of the run; runs/PRESET if not given")
     base: str = setting("", "folder of a finished run whose tokeniser and GPT to use instead of training")
+    eval: str = setting("", "folder of a finished run to report on again, at other lengths, texts or thresholds")
     seed: int = setting(0, "of everything: GPT, prompts, candidates")
     device: str = setting("", "cpu or cuda; if not given, cuda where there is one")
     # text
@@ -68,6 +72,7 @@ class Config:
     # the cache
     delay: int = setting(64, "tokens between two evictions, a multiple of 16")
     capacity: int = setting(96, "most slots that NAMM keeps in a head; 0 for any number")
+    threshold: float = setting(0.0, "a token that scores less leaves the cache")
     positions: str = setting("renumbered", "of cached keys: renumbered inside the cache, or original (the paper)")
     # the manager
     features: str = setting("all", f"what a token is judged by: {', '.join(namm.SEES)} (see namm.py)")
@@ -110,11 +115,11 @@ def numbers(text):
 
 
 def parse(argv=None):
-    """Config from the command line. Raises ValueError, with a line for the user, for what cannot be."""
+    """(Config, what to do with it: "run", "bench", or the task to show) from the command line. Raises ValueError, with a line
+    for the user, for what cannot be."""
     parser = argparse.ArgumentParser(description="Train a small GPT, evolve the manager of its cache, report.",
                                      usage="python evolve.py [--preset cpu|gpu|smoke] [--OPTION VALUE ...]",
-                                     epilog="python evolve.py --summary RUN/results.json ... prints the tables of runs; "
-                                            "python evolve.py --bench [--base RUN] how fast it is here",
+                                     epilog="python evolve.py --summary RUN/results.json ... prints the tables of runs",
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, help="smoke takes a minute; if not given, gpu where there is one")
     for f in dataclasses.fields(Config):
@@ -122,18 +127,24 @@ def parse(argv=None):
         parser.add_argument("--" + f.name, type=numbers if f.type is tuple else f.type,
                             metavar="VALUE", help=f"{f.metadata['help']} [{shown}]")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
+    parser.add_argument("--show", metavar="RUN", help="print a prompt, the answers, and what a finished run keeps of it")
+    parser.add_argument("--task", choices=data.TASKS, default="needle", help="of the prompt to show")
+    parser.add_argument("--bench", action="store_true", help="print how fast it is here, with the GPT of --base, if given")
     given = vars(parser.parse_args(argv))
-    if "resume" in given:
-        made = pathlib.Path(given.pop("resume")) / "config.json"
+    task, action = given.pop("task"), "bench" if given.pop("bench", False) else "run"
+    for option in {"resume", "eval", "show"} & set(given):
+        made = pathlib.Path(given[option]) / "config.json"
         if not made.exists():
-            raise ValueError(f"--resume {made.parent}: the folder holds no run (no config.json)")
+            raise ValueError(f"--{option} {made.parent}: the folder holds no run (no config.json)")
         own = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(made.read_text()).items()}
-        given = own | {"out": str(made.parent)} | given
+        given = own | {"out": str(made.parent / "eval" if option == "eval" else made.parent)} | given
+    given.pop("resume", None)
+    action = task if given.pop("show", None) else action
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = given.pop("preset", "gpu" if device == "cuda" else "cpu")
     config = Config(**{"out": f"runs/{preset}", **PRESETS[preset], **given, "device": device})
     check(config)
-    return config
+    return config, action
 
 
 def check(c):
@@ -302,23 +313,27 @@ def evaluate(gpt, batch, config, manage=None, weights=False):
     return [torch.cat([a.view(-1, half), b.view(-1, len(batch.tokens) - half)], dim=1).flatten() for a, b in pairs]
 
 
-def answers(gpt, batch, config, manage, weights):
-    """What `evaluate` returns, in one go."""
+def said(gpt, batch, config, manage, weights):
+    """Read the contexts, then the questions with their true answers. B rows, M answer tokens in all: (row (M,), place after the
+    context (M,), logits there (M,V), tokens asked for (M,), share of the cache kept (B,))."""
     n = batch.context
     with precision(config.device):
         cache = gpt.new_cache(len(batch.tokens), config.positions == "renumbered")
         read(gpt, batch.tokens[:, :n], cache, config.delay if manage else n, manage, weights)    # uncut: in one block
         kept = torch.stack([layer.kept() for layer in cache]).mean(0)                        # (B,)
-        copies = cache[0].copies
-        tokens, answer = batch.tokens[:, n:].repeat(copies, 1), batch.answer[:, n:].repeat(copies, 1)    # (B,Q)
-        row, at = answer.nonzero(as_tuple=True)                                              # (M,) answer tokens
+        tokens, answer = (x[:, n:].repeat(cache[0].copies, 1) for x in (batch.tokens, batch.answer))         # (B,Q)
+        row, at = answer.nonzero(as_tuple=True)                                              # (M,)
         hidden = gpt.hidden(tokens[:, :-1], cache)                                           # (B,Q-1,C)
-        logits = gpt.output(hidden[row, at - 1]).float()                                     # (M,V)
-    target = tokens[row, at]
+        return row, at, gpt.output(hidden[row, at - 1]).float(), tokens[row, at], kept
+
+
+def answers(gpt, batch, config, manage, weights):
+    """What `evaluate` returns, in one go."""
+    row, at, logits, target, kept = said(gpt, batch, config, manage, weights)
     logprob = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
     wrong = (logits.argmax(-1) != target).float()
-    B, A = len(tokens), int(answer.max()) + 1
-    group = row * A + answer[row, at]                                                        # (M,) which answer
+    B, N, A = len(kept), len(batch.tokens), int(batch.answer.max()) + 1
+    group = row * A + batch.answer[row % N, batch.context + at]                              # (M,) which answer
     total = lambda x: torch.zeros(B * A, device=x.device).index_add(0, group, x).view(B, A)[:, 1:]
     size = total(torch.ones_like(wrong))                                                     # (B,A) tokens in it
     asked = (size > 0).float()
@@ -329,7 +344,7 @@ def answers(gpt, batch, config, manage, weights):
 
 def manager(params, statistics, config, **changes):
     """NAMM as the settings say, for params (P,n)."""
-    return namm.namm(params, *statistics, **{"capacity": config.capacity, "sees": config.features, "scorer": config.scorer,
+    return namm.namm(params, *statistics, **{"threshold": config.threshold, "capacity": config.capacity, "sees": config.features, "scorer": config.scorer,
                                              "per_head": config.heads == "apart", **changes})
 
 
@@ -410,7 +425,7 @@ def evolve(gpt, parts, config, log, state, keep):
                        np.random.default_rng([config.seed, 3]), config)
 
     [full], _ = validate(None)
-    state = state or {"next": 0, "highest": -math.inf, "chosen": None, "passed": None, "seconds": 0.0}
+    state = state or {"next": 0, "highest": -math.inf, "chosen": None, "passed": None, "seconds": 0.0, "history": []}
     if "es" in state:
         es.load_state_dict(state["es"])
     start = time.time() - state["seconds"]
@@ -420,13 +435,14 @@ def evolve(gpt, parts, config, log, state, keep):
                   total=config.generations + 1, dynamic_ncols=True, disable=True if world()[0] else None):
         began, stage = time.time(), config.stages * max(0, g - 1) // config.generations
         tasks = data.EVOLVED[:len(data.EVOLVED) - config.stages + 1 + stage]
-        of_all, of_mean = " " * 33, " " * 20
+        of_all, of_mean, point = " " * 33, " " * 20, {"generation": g, "sigma": es.sigma}
         if g:
             candidates = (es.ask() * scale).float().to(config.device)
             got, kept = fitness(gpt, candidates, statistics, best, parts["evolve"], tasks, any_length, config.prompts,
                                 np.random.default_rng([config.seed, 2, g]), config)
             es.tell(got)
             of_all = f"{got.mean():19.3f} {got.max():6.3f} {kept:6.1%}"
+            point |= {"candidates": got.mean().item(), "best": got.max().item(), "cache": kept}
         if g % config.validate == 0 or g == config.generations:
             mean = (es.mean * scale).float()
             [value], kept = validate(mean[None].to(config.device))
@@ -436,22 +452,25 @@ def evolve(gpt, parts, config, log, state, keep):
             if state["passed"] is None and value > full:
                 state["passed"] = g
             of_mean = f"{value:12.3f}{star} {kept:6.1%}"
+            point["mean"] = value.item()
         left = (time.time() - start) / (g + 1) * (config.generations - g)
         log(f"{g:5d}/{config.generations:<4d} {len(tasks):5d} | {of_all} | {of_mean} | {es.sigma:5.3f} "
             f"{(es.D.max() / es.D.min()).item():11.2f} | {time.time() - began:7.1f} {left:4.0f}s")
+        state["history"].append(point)
         keep(state | {"next": g + 1, "es": es.state_dict(), "seconds": time.time() - start})
-    cost = {"generations": config.generations, "passed the full cache at generation": state["passed"],
+    cost = {"generations": config.generations, "fitness of the full cache": full.item(), "passed the full cache at generation": state["passed"],
             "seconds": time.time() - start,
             "candidate prompts read": sum(config.popsize * config.prompts * (len(data.EVOLVED) - config.stages + 1 +
                                           config.stages * g // config.generations) for g in range(config.generations))}
     log(f"evolution: {json.dumps(cost)}")
-    return state["chosen"], statistics, cost
+    return state["chosen"], statistics, cost | {"history": state["history"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Report
 
 METHODS = ("namm", "full", "ntk", *namm.BASELINES)
+OTHERS = tuple(task for task in data.TASKS if task not in data.EVOLVED)    # tasks that evolution never sees
 FAR = ("namm", "full", "ntk", "streaming", "h2o", "tova", "snapkv")        # worth their time beyond 4 x
 
 
@@ -556,55 +575,66 @@ def curve(gpt, params, statistics, part, config):
     return rows
 
 
+@torch.no_grad()
+def watch(gpt, params, statistics, batch, config):
+    """What becomes of each of the n tokens of N contexts, a dict for each layer: lives (N,K,n) bool, at the end; score (N,K,n),
+    the last, NaN for a token never judged; spectrum (N,K,n,F), the last moving average; seen [(K,n,F)], the first prompt's
+    after each block, zero where the token is gone."""
+    manage, n = manager(params[None].to(config.device), statistics, config), batch.context
+    new = lambda *last: batch.tokens.new_zeros(len(batch.tokens), config.n_kv_head, n, *last, dtype=torch.float)
+    fate = [{"lives": new() == 0, "score": new() / 0, "spectrum": new(namm.F), "seen": []} for _ in gpt.layers]
+
+    def watched(layer, cache, received):
+        own, evict = fate[layer], cache.evict
+
+        def record(keep):
+            row, head, slot = cache.alive.nonzero(as_tuple=True)
+            at = row, head, cache.positions[row, head, slot]
+            for name, now in {"lives": keep, "score": cache.state["score"], "spectrum": cache.state["spectrum"]}.items():
+                own[name][at] = now[row, head, slot]
+            first, own_seen = row == 0, torch.zeros_like(own["spectrum"][0])                 # (M,), (K,n,F)
+            own_seen[at[1][first], at[2][first]] = cache.state["spectrum"][row, head, slot][first]
+            own["seen"].append(own_seen)
+            evict(keep)
+
+        cache.evict = record                                               # in place of the method, for this call
+        manage(layer, cache, received)
+        del cache.evict
+
+    with precision(config.device):
+        read(gpt, batch.tokens[:, :n], gpt.new_cache(len(batch.tokens), config.positions == "renumbered"), config.delay,
+             watched, weights=True)
+    return fate
+
+
 def anatomy(gpt, params, statistics, part, config):
     """What NAMM keeps: [{layer, head, kind, kept, spectrum_kept, spectrum_dropped, seed}], over prompts of all tasks but
-    `lm` at the longest length of evolution. `kept`: share of the tokens of a kind that lives at the end of the context, or,
-    for kind "all", the mean spectra (F,) of the tokens that stayed and went, at all evictions."""
-    manage, sums, spectra = manager(params[None].to(config.device), statistics, config), {}, {}
+    `lm` at the longest length of evolution. `kept`: share of the tokens of a kind that lives at the end of the context. For
+    kind "all" the mean spectra (F,) of the tokens that stayed and of those that went, each when it was last judged."""
+    sums = {}
     for t, task in enumerate(task for task in data.TASKS if task != "lm"):
         rng = np.random.default_rng([config.seed, 8, t])
         batch = prompts(part, task, 8, rng, config.length * max(config.evolve_at), config.device)
-        tokens, n = batch.tokens[:, :batch.context], batch.context
-        asked = torch.stack([torch.isin(row[:n], row[answer > 0]) for row, answer in zip(batch.tokens, batch.answer)])
-        place = torch.arange(n, device=tokens.device).expand_as(tokens)
+        tokens, place = batch.tokens[:, :batch.context], torch.arange(batch.context, device=config.device)
+        asked = torch.zeros_like(tokens, dtype=torch.bool)
+        for row, own, answer in zip(asked, batch.tokens.cpu().numpy(), batch.answer.cpu().numpy()):
+            row[data.told(own, answer, batch.context)] = True
         ends = torch.from_numpy(part.ends_line).to(tokens.device)[tokens]
-        kinds = {"all": place >= 0, "to be asked for": asked, "before such a word": asked.roll(-1, 1) & ~asked,
-                 "first four": place < 4, "newest 32": place >= n - 32, "line ends": ends & ~asked}        # (N,n) each
-
-        def watched(layer, cache, received):
-            evict = cache.evict
-
-            def record(keep):
-                for name, mask in (("spectrum_kept", keep), ("spectrum_dropped", cache.alive & ~keep)):
-                    for head in range(mask.shape[1]):
-                        total, count = spectra.get((layer, head, name), (0.0, 0))
-                        chosen = cache.state["spectrum"][:, head][mask[:, head]]                            # (some,F)
-                        spectra[layer, head, name] = total + chosen.sum(0), count + len(chosen)
-                evict(keep)
-
-            cache.evict = record
-            manage(layer, cache, received)
-            cache.evict = evict
-            if cache.seen > n - config.delay:                              # the last eviction of this context
-                for head in range(cache.alive.shape[1]):
-                    lives = torch.zeros_like(place, dtype=torch.bool)
-                    for row in range(len(lives)):
-                        lives[row, cache.positions[row, head][cache.alive[row, head]]] = True
-                    lives[:, cache.seen:] = True                           # not read yet, or never judged
-                    for kind, mask in kinds.items():
-                        kept, count = sums.get((layer, head, kind), (0, 0))
-                        sums[layer, head, kind] = kept + (lives & mask).sum().item(), count + mask.sum().item()
-
-        cache = gpt.new_cache(len(tokens), config.positions == "renumbered")
-        with precision(config.device):
-            read(gpt, tokens, cache, config.delay, watched, weights=True)
-    rows = [dict(layer=layer, head=head, kind=kind, kept=kept / max(1, count), seed=config.seed)
-            for (layer, head, kind), (kept, count) in sums.items()]
-    for row in rows:
-        if row["kind"] == "all":
-            for name in ("spectrum_kept", "spectrum_dropped"):
-                total, count = spectra[row["layer"], row["head"], name]
-                row[name] = (total / max(1, count)).tolist()
+        kinds = {"all": place >= 0, "to be asked for": asked, "before such a token": asked.roll(-1, 1) & ~asked,
+                 "first four": place < 4, "newest 32": place >= batch.context - 32, "line ends": ends & ~asked}
+        for layer, fate in enumerate(watch(gpt, params, statistics, batch, config)):
+            for head, (kind, mask) in itertools.product(range(config.n_kv_head), kinds.items()):
+                lives, spectrum, mask = fate["lives"][:, head], fate["spectrum"][:, head], mask.expand_as(asked)
+                judged = mask & fate["score"][:, head].isfinite()
+                here = [mask.sum().item(), (lives & mask).sum().item()]
+                here += [x for who in (lives, ~lives) for x in ((judged & who).sum().item(), spectrum[judged & who].sum(0))]
+                sums[layer, head, kind] = [a + b for a, b in zip(sums.get((layer, head, kind), [0] * 6), here)]
+    rows = []
+    for (layer, head, kind), (count, kept, *spectra) in sums.items():
+        rows.append(dict(layer=layer, head=head, kind=kind, kept=kept / max(1, count), seed=config.seed))
+        if kind == "all":
+            rows[-1] |= {name: (total / max(1, count)).tolist() for name, count, total in
+                         zip(("spectrum_kept", "spectrum_dropped"), spectra[::2], spectra[1::2])}
     return rows
 
 
@@ -656,26 +686,32 @@ def lead(rows):
     return np.mean([row["lead"] for row in rows]), 1.96 * math.sqrt(sum(row["lead_se"] ** 2 for row in rows)) / len(rows)
 
 
+def means(rows):
+    """f(method, length, tasks, key) -> (seeds,): the mean over tasks, for each seed, of what `report` gave."""
+    cell, seeds = {(row["method"], row["length"], row["task"], row["seed"]): row for row in rows}, sorted({row["seed"] for row in rows})
+    return lambda method, length, tasks=tuple(data.TASKS), key="score": np.array([np.mean([
+        cell[method, length, task, seed][key] for task in tasks]) for seed in seeds if (method, length, tasks[0], seed) in cell])
+
+
+def ratio(a, b):
+    """a / b, nothing where b is 0: where the full cache scores nothing, there is nothing to compare with."""
+    return [x / y for x, y in zip(a, b) if y] or [math.nan]
+
+
 def table(rows):
     """The rows as Markdown, one table for each length; rows of several seeds become their mean, with the standard deviation
     of the seeds. Relative: ratio of the means over all tasks. Ahead: how much NAMM's mean over all tasks is above the
     method's, with a 95 % interval over prompts."""
-    text, seeds = [], sorted({row["seed"] for row in rows})
-    others = [task for task in data.TASKS if task not in data.EVOLVED]
-    for length in sorted({row["length"] for row in rows}):
-        at = [row for row in rows if row["length"] == length]
-        cell = {(row["method"], row["task"], row["seed"]): row for row in at}
-        mean = lambda method, tasks, seed: np.mean([cell[method, task, seed]["score"] for task in tasks])
-        text += [f"\n{length} tokens\n",
+    over, text = means(rows), []
+    for n in sorted({row["length"] for row in rows}):
+        text += [f"\n{n} tokens\n",
                  f"| method | {' | '.join(data.TASKS)} | evolved on | other tasks | all | relative | cache | NAMM ahead |",
                  "|---" * (len(data.TASKS) + 7) + "|"]
-        for method in dict.fromkeys(row["method"] for row in at):
-            own = [row for row in at if row["method"] == method]
-            over = lambda tasks: [mean(method, tasks, seed) for seed in seeds]
-            relative = [mean(method, data.TASKS, seed) / mean("full", data.TASKS, seed) for seed in seeds]
-            text.append(f"| {method} | " + " | ".join(f"{np.mean(over([task])):.2f}" for task in data.TASKS)
-                        + f" | {spread(over(data.EVOLVED))} | {spread(over(others))} | {spread(over(list(data.TASKS)), 3)} | "
-                        f"{spread(relative)} | {np.mean([row['cache'] for row in own]):.2f} | "
+        for method in dict.fromkeys(row["method"] for row in rows if row["length"] == n):
+            own = [row for row in rows if (row["method"], row["length"]) == (method, n)]
+            text.append(f"| {method} | " + " | ".join(f"{over(method, n, (task,)).mean():.2f}" for task in data.TASKS)
+                        + f" | {spread(over(method, n, data.EVOLVED))} | {spread(over(method, n, OTHERS))} | {spread(over(method, n), 3)} | "
+                        f"{spread(ratio(over(method, n), over('full', n)))} | {over(method, n, key='cache').mean():.2f} | "
                         + ("" if method == "namm" else "{:+.3f} ± {:.3f}".format(*lead(own))) + " |")
     return "\n".join(text) + "\n"
 
@@ -684,68 +720,93 @@ def claims(rows):
     """Markdown, a line for each length: NAMM beside the full cache there, beside the full cache at the shortest length, where
     the GPT is at its best, and beside the best hand-made rule. Means over tasks, then over seeds; relative is a ratio of
     means, since a full cache's score near 0 would blow up the mean of the ratios."""
-    seeds, lengths = sorted({row["seed"] for row in rows}), sorted({row["length"] for row in rows})
-    others = [task for task in data.TASKS if task not in data.EVOLVED]
-    cell = {(row["method"], row["length"], row["task"], row["seed"]): row["score"] for row in rows}
+    over, lengths = means(rows), sorted({row["length"] for row in rows})
     text = ["| tokens | full cache | NTK | NAMM | relative | cache | of the best: evolved on | other tasks | all | best rule | "
             "NAMM ahead |", "|---" * 11 + "|"]
     for n in lengths:
-        at = [row for row in rows if row["length"] == n]
-        over = lambda method, tasks=data.TASKS, n=n: np.array([np.mean([cell[method, n, task, seed] for task in tasks])
-                                                               for seed in seeds])
-        best = max({row["method"] for row in at} & set(namm.BASELINES), key=lambda method: over(method).mean())
-        share = lambda tasks: spread(over("namm", tasks) / over("full", tasks, lengths[0]))
-        ahead = "{:+.3f} ± {:.3f}".format(*lead([row for row in at if row["method"] == best]))
-        text.append(f"| {n} | {spread(over('full'))} | {spread(over('ntk'))} | {spread(over('namm'))} | "
-                    f"{over('namm').mean() / over('full').mean():.2f} | {np.mean([r['cache'] for r in at if r['method'] == 'namm']):.2f} | "
-                    f"{share(data.EVOLVED)} | {share(others)} | {share(list(data.TASKS))} | {best} {spread(over(best))} | {ahead} |")
+        rules = {row["method"] for row in rows if row["length"] == n} & set(namm.BASELINES)
+        best = max(sorted(rules), key=lambda method: over(method, n).mean())
+        share = lambda tasks: spread(ratio(over("namm", n, tasks), over("full", lengths[0], tasks)))
+        text.append(f"| {n} | {spread(over('full', n))} | {spread(over('ntk', n))} | {spread(over('namm', n))} | "
+                    f"{ratio([over('namm', n).mean()], [over('full', n).mean()])[0]:.2f} | {over('namm', n, key='cache').mean():.2f} | "
+                    f"{share(data.EVOLVED)} | {share(OTHERS)} | {share(tuple(data.TASKS))} | {best} {spread(over(best, n))} | "
+                    + "{:+.3f} ± {:.3f} |".format(*lead([row for row in rows if (row["method"], row["length"]) == (best, n)])))
     return "\n".join(text) + "\n"
 
 
-def svg(path, width, height, body):
-    """Write a picture that reads well on a light and on a dark page."""
-    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-                    'font-size="12"><style>text{fill:#333}path{fill:none;stroke-width:2}.g{stroke:#8886;stroke-width:1}'
-                    f'@media(prefers-color-scheme:dark){{text{{fill:#ddd}}}}</style>{"".join(body)}</svg>')
+def svg(width, height, body):
+    """A picture that reads well on a light and on a dark page, as text."""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="12">'
+            '<style>text{fill:#333}path{fill:none;stroke-width:2}.g{stroke:#8886;stroke-width:1}'
+            f'@media(prefers-color-scheme:dark){{text{{fill:#ddd}}}}</style>{"".join(body)}</svg>')
 
 
 COLORS = {"namm": "#e8590c", "h2o": "#1c7ed6", "tova": "#2f9e44", "snapkv": "#be4bdb", "streaming": "#868e96", "full": "#c92a2a"}
 
 
-def picture_curve(rows, full, path):
+def plot(left, title, lines, xs, ys, log=False):
+    """The parts of a plot, 190 wide: lines [(color, [(x, y)], dash)], xs and ys the ticks from the lowest to the highest."""
+    f = math.log2 if log else float
+    x = lambda value: left + 40 + 190 * (f(value) - f(xs[0])) / (f(xs[-1]) - f(xs[0]))
+    y = lambda value: 200 - 170 * (value - ys[0]) / (ys[-1] - ys[0])
+    body = [f'<text x="{left + 40}" y="14">{title}</text>']
+    body += [f'<path class="g" d="M{left + 40} {y(tick):.0f}h190"/><text x="{left + 8}" y="{y(tick) + 4:.0f}">{tick:g}</text>' for tick in ys]
+    body += [f'<text x="{x(tick) - 7:.0f}" y="218">{tick}</text>' for tick in xs]
+    return body + [f'<path stroke="{color}" stroke-dasharray="{dash}" d="M'
+                   + "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points) + '"/>' for color, points, dash in lines if points]
+
+
+def legend(names):
+    """The parts of a line of colours and what they stand for: {name: color}."""
+    return [f'<path stroke="{color}" d="M{40 + 110 * i} 240h20"/><text x="{65 + 110 * i}" y="244">{name}</text>'
+            for i, (name, color) in enumerate(names.items())]
+
+
+def cells(left, top, numbers, width=28, height=22, texts=True):
+    """The parts of a table of numbers (rows, columns) in 0..1, as colours; None is left out."""
+    return [f'<rect x="{left + width * c}" y="{top + height * r}" width="{width - texts}" height="{height - texts}" '
+            f'fill="rgb({200 - 160 * x:.0f},{60 + 90 * x:.0f},80)"/>'
+            + f'<text x="{left + width * c + 3}" y="{top + height * r + 15}" style="fill:#fff;font-size:10px">{x:.2f}</text>' * texts
+            for r, row in enumerate(numbers) for c, x in enumerate(row) if x is not None]
+
+
+def picture_curve(rows, full):
     """Score against slots, one panel a length: rows of `curve`; full {length: score}, a dashed line."""
     body, slots = [], sorted({row["slots"] for row in rows})
     for panel, length in enumerate(sorted({row["length"] for row in rows})):
-        x = lambda n: 40 + 240 * panel + 190 * math.log2(n / slots[0]) / math.log2(slots[-1] / slots[0])
-        y = lambda score: 200 - 170 * score
-        body.append(f'<text x="{x(slots[0])}" y="14">{length} tokens</text>')
-        for tick in (0, 0.25, 0.5, 0.75, 1):
-            body.append(f'<path class="g" d="M{x(slots[0])} {y(tick)}H{x(slots[-1])}"/>'
-                        f'<text x="{x(slots[0]) - 28}" y="{y(tick) + 4}">{tick}</text>')
-        body += [f'<text x="{x(n) - 7}" y="218">{n}</text>' for n in slots]
-        lines = {method: [np.mean([row["score"] for row in rows if (row["method"], row["length"], row["slots"]) ==
-                                   (method, length, n)]) for n in slots] for method in COLORS if method != "full"}
-        for method, line in (lines | {"full": [full[length]] * len(slots)}).items():
-            points = "L".join(f"{x(n):.0f} {y(score):.0f}" for n, score in zip(slots, line))
-            body.append(f'<path stroke="{COLORS[method]}" d="M{points}"{" stroke-dasharray=" + chr(34) + "4" + chr(34) if method == "full" else ""}/>')
-    for i, (method, color) in enumerate(COLORS.items()):
-        body.append(f'<path stroke="{color}" d="M{40 + 110 * i} 240h20"/><text x="{65 + 110 * i}" y="244">{method}</text>')
-    svg(path, 740, 255, body)
+        score = lambda method, n: np.mean([row["score"] for row in rows if (row["method"], row["length"], row["slots"]) ==
+                                           (method, length, n)])
+        lines = [(color, [(n, full[length] if method == "full" else score(method, n)) for n in slots], 4 * (method == "full"))
+                 for method, color in COLORS.items()]
+        body += plot(240 * panel, f"{length} tokens", lines, slots, (0, 0.25, 0.5, 0.75, 1), log=True)
+    return svg(740, 255, body + legend(COLORS))
 
 
-def picture_needle(rows, path):
+def picture_needle(rows):
     """Share of needles found, depth down, length across, one panel a method: rows of `report`."""
-    body, lengths = ['<text x="0" y="60">first</text><text x="0" y="140">last fifth</text>'], sorted({row["length"] for row in rows})
-    for panel, method in enumerate(FAR):
-        body.append(f'<text x="{70 + 130 * panel}" y="14">{method}</text>')
-        for column, depth in itertools.product(range(len(lengths)), range(5)):
-            found = np.mean([row["depths"][depth] for row in rows if row["task"] == "needle" and row["method"] == method
-                             and row["length"] == lengths[column] and row["depths"][depth] is not None])
-            x, y = 70 + 130 * panel + 28 * column, 44 + 22 * depth
-            body.append(f'<rect x="{x}" y="{y}" width="27" height="21" fill="rgb({200 - 160 * found:.0f},{60 + 90 * found:.0f},80)"/>'
-                        f'<text x="{x + 3}" y="{y + 15}" style="fill:#fff;font-size:10px">{found:.2f}</text>')
-        body += [f'<text x="{70 + 130 * panel + 28 * column}" y="38" style="font-size:9px">{n}</text>' for column, n in enumerate(lengths)]
-    svg(path, 720, 160, body)
+    body, lengths = ['<text x="0" y="60">first</text><text x="0" y="148">last fifth</text>'], sorted({row["length"] for row in rows})
+    for panel, method in enumerate(m for m in FAR if any(row["method"] == m for row in rows)):
+        found = [[[row["depths"][depth] for row in rows if (row["task"], row["method"], row["length"]) == ("needle", method, n)
+                   and row["depths"][depth] is not None] for n in lengths] for depth in range(5)]
+        left = 70 + (20 + 28 * len(lengths)) * panel
+        body += cells(left, 44, [[np.mean(x) if x else None for x in row] for row in found])
+        body += [f'<text x="{left}" y="14">{method}</text>']
+        body += [f'<text x="{left + 28 * column}" y="38" style="font-size:9px">{n}</text>' for column, n in enumerate(lengths)]
+    return svg(60 + len(FAR) * (20 + 28 * len(lengths)), 160, body)
+
+
+def picture_evolution(history, full):
+    """Fitness, share of the cache kept and sigma, generation by generation: history as `evolve` writes it; full: the fitness of
+    the full cache, a dashed line."""
+    last = max(1, history[-1]["generation"])
+    line = lambda key: [(point["generation"], point[key]) for point in history if key in point]
+    top = max([full, *(y for key in ("best", "mean") for _, y in line(key))])
+    ticks = lambda top: [round(top * part, 3) for part in (0, 0.25, 0.5, 0.75, 1)]
+    colors = {"candidates": "#868e96", "best of them": "#1c7ed6", "mean": "#e8590c", "full cache": "#c92a2a"}
+    fitness = [(color, line(key), 0) for color, key in zip(colors.values(), ("candidates", "best", "mean"))]
+    return svg(740, 255, plot(0, "fitness", fitness + [("#c92a2a", [(0, full), (last, full)], 4)], (0, last), ticks(top))
+               + plot(240, "cache kept", [("#868e96", line("cache"), 0)], (0, last), ticks(max(y for _, y in line("cache"))))
+               + plot(480, "sigma", [("#868e96", line("sigma"), 0)], (0, last), ticks(max(y for _, y in line("sigma")))) + legend(colors))
 
 
 def summary(paths):
@@ -756,9 +817,8 @@ def summary(paths):
         raise ValueError("--summary: give it the results.json of one run or more")
     if runs[0]["config"]["methods"]:
         raise ValueError("--summary: the first run must have reported on all methods")
-    free = {"seed", "base", "out", "device", "report_prompts", "far_prompts", "report_at", "methods"}
     first = runs[0]["config"]
-    changed = lambda run: ", ".join(f"{k} {v}" for k, v in run["config"].items() if k not in free and v != first.get(k))
+    changed = lambda run: ", ".join(f"{k} {v}" for k, v in run["config"].items() if k not in (*FREE, "seed", "base", "eval") and v != first.get(k))
     groups = {}
     for run in runs:
         groups.setdefault(changed(run), []).append(run)
@@ -785,29 +845,129 @@ def summary(paths):
                if row["kind"] == "all" for f, (kept, dropped) in enumerate(zip(row["spectrum_kept"], row["spectrum_dropped"]))]
     grid("Mean spectrum of the tokens that stay over that of those that go, by frequency bin", spectra, "{0}",
          lambda row: (row["bin"],), lambda row: row["ratio"])
-    full = {length: np.mean([row["seconds"] for row in rows("report") if row["method"] == "full" and row["length"] == length])
-            for length in {row["length"] for row in rows("report")}}
+    over, lengths = means(rows("report")), sorted({row["length"] for run in runs for row in run["report"]})
     grid("Seconds for the same prompts, over the full cache's", rows("report"), "{0} tokens", lambda row: (row["length"],),
-         lambda row: row["seconds"] / full[row["length"]])
-
-    lengths = sorted({row["length"] for run in runs for row in run["report"]})
+         lambda row: row["seconds"] / over("full", row["length"], key="seconds").mean())
     text.append("\n| changed | seeds | " + " | ".join(f"{n} tokens: score, full cache's, cache" for n in lengths) + " |\n"
                 + "|---" * (len(lengths) + 2) + "|")
     for change, group in groups.items():
-        cells = []
-        for n in lengths:
-            at = [[row for row in run["report"] if row["length"] == n] for run in group]
-            get = lambda method, key: [np.mean([row[key] for row in one if row["method"] == method]) for one in at if one]
-            cells.append(f"{spread(get('namm', 'score'), 3)}, {np.mean(get('full', 'score')):.3f}, "
-                         f"{np.mean(get('namm', 'cache')):.2f}" if any(at) else "")
-        text.append(f"| {change or 'nothing'} | {len(group)} | " + " | ".join(cells) + " |")
-    text += ["\nEvolution, run by run\n"] + [f"* seed {run['config']['seed']}: {json.dumps(run['evolution'])}" for run in groups[""]]
+        of = means([row for run in group for row in run["report"]])
+        text.append(f"| {change or 'nothing'} | {len(group)} | " + " | ".join(
+            f"{spread(of('namm', n), 3)}, {of('full', n).mean():.3f}, {of('namm', n, key='cache').mean():.2f}"
+            if len(of("namm", n)) else "" for n in lengths) + " |")
+    cost = [{key: value for key, value in run["evolution"].items() if key != "history"} for run in groups[""]]
+    text += ["\nEvolution, run by run\n"] + [f"* seed {run['config']['seed']}: {json.dumps(own)}" for run, own in zip(groups[""], cost)]
     print("\n".join(text))
-    folder = pathlib.Path(paths[0]).parent
-    full = {n: np.mean([row["score"] for row in rows("report") if row["method"] == "full" and row["length"] == n])
-            for n in {row["length"] for row in rows("report")}}
-    save(folder / "curve.svg", lambda path: picture_curve(rows("curve"), full, path))
-    save(folder / "needle.svg", lambda path: picture_needle(rows("report"), path))
+    full = {n: over("full", n).mean() for n in lengths if len(over("full", n))}
+    for name, picture in {"curve": picture_curve(rows("curve"), full), "needle": picture_needle(rows("report"))}.items():
+        save(pathlib.Path(paths[0]).parent / f"{name}.svg", lambda path: path.write_text(picture))
+
+
+def example(gpt, params, statistics, part, config, task="needle"):
+    """One prompt for people: {task, length, text [n], asked [{question, answer, full, namm}], heads [name], and for each head what
+    `watch` gives: lives [n], score [n], spectrum [n][F], seen [blocks][n][F]}."""
+    batch = prompts(part, task, 1, np.random.default_rng([config.seed, 10]), config.length * max(config.evolve_at), config.device)
+    tokens, answer, n = batch.tokens[0].tolist(), batch.answer[0], batch.context
+    replies = {method: said(gpt, batch, config, *rule(method, params, statistics, None, config))[2].argmax(-1).tolist()
+               for method in ("full", "namm")}
+    asked, start, done = [], n, 0
+    for which in range(1, int(answer.max()) + 1):
+        at = (answer == which).nonzero()[:, 0].tolist()
+        own = {"question": tokens[start:at[0]], "answer": tokens[at[0]:at[-1] + 1]}
+        own |= {method: reply[done:done + len(at)] for method, reply in replies.items()}
+        asked.append({name: part.decode(piece) for name, piece in own.items()})
+        start, done = at[-1] + 1, done + len(at)
+    fate = watch(gpt, params, statistics, batch, config)
+    heads = list(itertools.product(range(config.n_layer), range(config.n_kv_head)))
+    return dict(task=task, length=len(tokens), text=[part.decode([token]) for token in tokens[:n]], asked=asked,
+                heads=[f"layer {layer}, head {head}" for layer, head in heads],
+                **{name: [fate[layer][name][0, head].tolist() for layer, head in heads] for name in ("lives", "score", "spectrum")},
+                seen=[torch.stack(fate[layer]["seen"])[:, head].tolist() for layer, head in heads])
+
+
+def show(shown):
+    """Print an example: what is left of its context in each head (`~` for what went), its questions and answers."""
+    print(f"{shown['task']}, {shown['length']} tokens\n\n" + "".join(shown["text"]))
+    for name, lives in zip(shown["heads"], shown["lives"]):
+        left = "".join(token if stays else "\0" for token, stays in zip(shown["text"], lives))
+        print(f"\n--- what is left in {name}: {np.mean(lives):.0%}\n" + re.sub("\0+", "~", left))
+    print("\n--- the questions, and what the GPT answers from the full cache and from what NAMM left of it")
+    for own in shown["asked"]:
+        print(f"{own['question']!r:30} {own['answer']!r:20} full {own['full']!r:20} NAMM {own['namm']!r}")
+
+
+def html_table(markdown):
+    """Tables and titles of Markdown as HTML."""
+    lines = [line for line in markdown.splitlines() if line and not line.startswith("|---")]
+    rows = ["<tr>" + "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in line.strip("|").split("|")) + "</tr>"
+            if line.startswith("|") else f"</table><h3>{html.escape(line)}</h3><table>" for line in lines]
+    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>NAMM</title><style>:root{color-scheme:light dark}body{font:16px/1.5 sans-serif;max-width:52rem;margin:auto;padding:1rem}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.75rem}td{padding:.1rem .5rem .1rem 0;white-space:nowrap}svg{max-width:100%}
+#text{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.7 monospace}pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.75rem}
+#token{position:sticky;bottom:0;min-height:6rem;padding:.5rem;background:Canvas;border-top:1px solid}</style></head><body>
+"""
+
+SCRIPT = """
+const text = document.getElementById("text"), head = document.getElementById("head"), token = document.getElementById("token");
+function paint() {                                  // each token as dark as the share of the chosen heads that kept it
+  const heads = head.value < 0 ? shown.lives : [shown.lives[head.value]];
+  [...text.children].forEach((span, i) =>
+    span.style.background = `rgba(232, 89, 12, ${0.8 * heads.filter(lives => lives[i]).length / heads.length})`);
+}
+shown.text.forEach(piece => text.appendChild(document.createElement("span")).textContent = piece);
+["all heads", ...shown.heads].forEach((name, i) => head.add(new Option(name, i - 1)));
+head.onchange = paint;
+text.onpointerover = text.onclick = event => {      // its score and its spectrum in the chosen head, or in the last one
+  const i = [...text.children].indexOf(event.target), h = head.value < 0 ? shown.heads.length - 1 : head.value;
+  if (i < 0) return;
+  const top = Math.max(...shown.spectrum[h].map(x => Math.max(...x)), 1e-9), score = shown.score[h][i];
+  const bars = shown.spectrum[h][i].map((x, f) => `<rect x="${f * 9}" y="${50 - 50 * Math.sqrt(x / top)}" width="8" height="50" fill="#e8590c"/>`);
+  token.textContent = `${JSON.stringify(shown.text[i])}, token ${i}, ${shown.heads[h]}: ` + (score === null ? "not judged yet"
+    : `score ${score}`) + (shown.lives[h][i] ? ", stays" : ", went") + "; root of its spectrum, bins 0 to 16: ";
+  token.insertAdjacentHTML("beforeend", `<svg viewBox="0 0 153 50" width="153" height="50">${bars.join("")}</svg>`);
+};
+paint();
+"""
+
+
+def page(result, shown):
+    """report.html: pictures, text and tables of one run in one file that needs nothing else. shown: an `example`."""
+    rows, cost = result["report"], result["evolution"]
+    lengths = sorted({row["length"] for row in rows})
+    over = means(rows)
+    full = {n: over("full", n).mean() for n in lengths}
+    kept = {(row["layer"], row["head"]): row["kept"] for row in result["anatomy"] if row["kind"] == "all"}
+    layers = [[kept.get((layer, head)) for head in range(result["config"]["n_kv_head"])] for layer in range(result["config"]["n_layer"])]
+    last, judged = -1, [i for i, score in enumerate(shown["score"][-1]) if math.isfinite(score)]
+    by_score = sorted(judged, key=lambda i: shown["score"][last][i])
+    chosen = {"kept": next((i for i in reversed(by_score) if shown["lives"][last][i]), 0),
+              "dropped": next((i for i in by_score if not shown["lives"][last][i]), 0)}
+    heat, top = [], max(max(frame[i]) for frame in shown["seen"][last] for i in chosen.values()) or 1
+    for panel, (what, i) in enumerate(chosen.items()):
+        heat += cells(10 + 360 * panel, 24, [[(frame[i][f] / top) ** 0.5 for frame in shown["seen"][last]] for f in range(namm.F)],
+                      330 / len(shown["seen"][last]), 9, texts=False)
+        heat.append(f'<text x="{10 + 360 * panel}" y="14">{what}: {html.escape(repr(shown["text"][i]))}, token {i}</text>')
+    rounded = lambda x: [rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.3g}") if math.isfinite(x) else None
+    data_of = {name: shown[name] for name in ("text", "heads")} | {name: rounded(shown[name]) for name in ("lives", "score", "spectrum")}
+    asked = "\n".join(f"{own['question']!r} {own['answer']!r}: full cache {own['full']!r}, NAMM {own['namm']!r}" for own in shown["asked"])
+    block = json.dumps(data_of).replace("</", "<\\/")                        # nothing in the text can end the script
+    parts = {
+        "The table": html_table(claims(rows) + table(rows)),
+        "Evolution, generation by generation": picture_evolution(cost["history"], cost["fitness of the full cache"]),
+        "Score against slots in a head": picture_curve(result["curve"], full),
+        "The needle, by depth and length": picture_needle(rows),
+        f"The text itself, {shown['task']}: the darker, the more heads kept it": f'<select id="head"></select><div id="text"></div>'
+        f'<div id="token">Point at a token, or touch it.</div><pre>{html.escape(asked)}</pre>',
+        "Share of the tokens kept, layer (down) by head": svg(300, 30 + 22 * len(layers), cells(10, 10, layers)),
+        "What NAMM sees of a token that stays and of one that goes, last layer: its spectrum (bins 0 to 16, down), block by block":
+            svg(740, 180, heat),
+        "Settings": f"<pre>{html.escape(json.dumps({key: result[key] for key in ('config', 'versions', 'seconds')}, indent=1))}</pre>"}
+    return (PAGE + "<h1>NAMM: what a run gave</h1>" + "".join(f"<h2>{html.escape(title)}</h2>{part}" for title, part in parts.items())
+            + f"<script>const shown = {block};{SCRIPT}</script></body></html>")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -840,15 +1000,15 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}                    # den
 
 
 def bench(config, parts, gpt, evolved):
-    """Print what everything costs on this device: reading against context length, the parts of NAMM, a population, CMA-ES,
-    pre-training. evolved: what a namm.pt holds; None for random parameters, which evict about half."""
+    """Print what everything costs on this device: reading against context length (the rivals: attention fused, and eager, which
+    makes one matrix of all weights, as usual), the parts of NAMM, a population, CMA-ES, pre-training. evolved: what a namm.pt holds; None for random parameters, which evict about half."""
     device, delay, rows = config.device, config.delay, min(4, config.rows)
     if evolved is None:
         mean, std = feature_statistics(gpt, parts["evolve"], config)
         noise = np.random.default_rng(config.seed).standard_normal(len(namm.scale(config.scorer)))
         evolved = {"params": torch.from_numpy(noise).float(), "mean": mean, "std": std}
     params, *statistics = evolved["params"].to(device), evolved["mean"].to(device), evolved["std"].to(device)
-    kinds = {"full cache, fused": (None, False), "full cache, written out": (lambda *_: None, True),
+    kinds = {"full cache, fused": (None, False), "full cache, eager": (lambda *_: None, True), "eager, in pieces": (lambda *_: None, True),
              "NAMM, nothing evicted": (manager(torch.zeros_like(params[None]), statistics, config, capacity=0), True),
              "NAMM": (manager(params[None], statistics, config), True)}
     print(f"{rows} rows, blocks of {delay} tokens, {torch.get_num_threads()} threads, {device}; tokens a second, and most slots\n\n"
@@ -857,8 +1017,8 @@ def bench(config, parts, gpt, evolved):
         text = torch.from_numpy(np.stack([parts["report"].text(np.random.default_rng(i), times * config.length)
                                           for i in range(rows)])).long().to(device)
         slots, cells = [], []
-        for manage, weights in kinds.values():
-            most = 0
+        for kind, (manage, weights) in kinds.items():
+            model.PIECE, most = delay if kind == "full cache, eager" else 64, 0      # eager as usual: one matrix for all queries
 
             def watched(layer, cache, received):
                 nonlocal most
@@ -904,12 +1064,12 @@ def prepare(config):
     """(folder, encoding, parts, sizes of the GPT, what earlier runs left: {name: state or None}). Writes nothing, and looks at
     all that can be refused: raises ValueError, with a line for the user."""
     texts = data.split(data.documents(config.corpus or None))
-    out, source = pathlib.Path(config.out), pathlib.Path(config.base or config.out)
-    encoding = data.tokenizer(config.tokenizer, config.vocab_size, source / "tokenizer.tiktoken", texts["train"])
+    out, sources = pathlib.Path(config.out), [pathlib.Path(f) for f in (config.eval, config.base) if f] or [pathlib.Path(config.out)]
+    encoding = data.tokenizer(config.tokenizer, config.vocab_size, sources[0] / "tokenizer.tiktoken", texts["train"])
     parts = data.make_parts(texts, encoding, config.length * max(*config.evolve_at, *config.report_at))
     names = [f.name for f in dataclasses.fields(GPTConfig)]
     sizes = {name: value for name, value in vars(config).items() if name in names} | {"vocab_size": encoding.n_vocab}
-    made, path = out / "config.json", source / "gpt.pt"
+    made, path = out / "config.json", next((f / "gpt.pt" for f in sources if (f / "gpt.pt").exists()), sources[-1] / "gpt.pt")
     if made.exists():
         old, new = json.loads(made.read_text()), json.loads(json.dumps(vars(config)))
         differs = {name: value for name, value in new.items() if name not in FREE and old.get(name) != value}
@@ -918,10 +1078,12 @@ def prepare(config):
             raise ValueError(f"{out} holds a run with other settings than {differs}; give another --out, or delete it")
     elif (out / "gpt.pt").exists():
         raise ValueError(f"{out} holds a gpt.pt but no config.json: it is not a run of this version; give another --out")
-    if config.base and not path.exists():
-        raise ValueError(f"--base {config.base}: the folder has no gpt.pt")
+    if (config.base or config.eval) and not path.exists():
+        raise ValueError(f"--{'base' if config.base else 'eval'} {path.parent}: the folder has no gpt.pt")
     found = {"gpt": load(path, config.device), "training": load(out / "training.pt", config.device),
-             "evolution": load(out / "evolution.pt"), "namm": load(source / "namm.pt", config.device)}
+             "evolution": load(out / "evolution.pt"), "namm": load(sources[0] / "namm.pt", config.device)}
+    if config.eval and not found["namm"]:
+        raise ValueError(f"--eval {config.eval}: the run is not finished (no namm.pt); python evolve.py --resume {config.eval}")
     return out, encoding, parts, sizes, found
 
 
@@ -987,19 +1149,26 @@ def run(config, out, parts, sizes, found):
     for name, part in parts.items():
         log(f"{name:8s}{len(part.tokens):10,} tokens of text, {len(part.words):5,} words for keys")
     gpt = base_model(out, parts["train"], sizes, found, config, log)
-    params, statistics, cost = evolve(gpt, parts, config, log, found["evolution"],
-                                      lambda state: keep(out / "evolution.pt", state))
+    if config.eval:
+        (params, *statistics), cost = (found["namm"][name] for name in ("params", "mean", "std")), found["namm"]["cost"]
+    else:
+        params, statistics, cost = evolve(gpt, parts, config, log, found["evolution"],
+                                          lambda state: keep(out / "evolution.pt", state))
     if world()[0] > 0:                                                     # the report is written by the first process
         return
     mean, std = (x.cpu() for x in statistics)
-    keep(out / "namm.pt", {"params": params, "mean": mean, "std": std})
+    keep(out / "namm.pt", {"params": params.cpu(), "mean": mean, "std": std, "cost": cost})
     result = {"config": dataclasses.asdict(config), "versions": versions, "evolution": cost}
     for section in (report, stream, curve, anatomy, lost)[:1 if config.methods else None]:
         result[section.__name__] = section(gpt, params, statistics, parts["report"], config)
     result["seconds"] = time.time() - start
     save(out / "results.json", lambda path: path.write_text(json.dumps(result).replace("}, {", "},\n {")))
     log(table(result["report"]))
-    log(f"{out / 'results.json'} holds all of it; {time.time() - start:.0f} s")
+    if not config.methods:
+        written = page(result, example(gpt, params, statistics, parts["report"], config))
+        save(out / "report.html", lambda path: path.write_text(written))
+    log(f"{out / 'results.json'} holds all of it" + f", {out / 'report.html'} shows it" * (not config.methods)
+        + f"; {time.time() - start:.0f} s")
 
 
 def main():
@@ -1007,14 +1176,15 @@ def main():
     try:
         if sys.argv[1:2] == ["--summary"]:
             return summary(sys.argv[2:])
-        benching = "--bench" in sys.argv
-        config = parse([word for word in sys.argv[1:] if word != "--bench"])
+        config, action = parse()
         if "WORLD_SIZE" in os.environ:                                     # torchrun --nproc-per-node=N evolve.py ...
             torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         out, encoding, parts, sizes, found = prepare(config)
-        if not benching and world()[0] == 0:
+        if action in data.TASKS and not found["namm"]:
+            raise ValueError(f"--show {out}: the run is not finished (no namm.pt); python evolve.py --resume {out}")
+        if action == "run" and world()[0] == 0:
             out.mkdir(parents=True, exist_ok=True)
             save(out / "config.json", lambda path: path.write_text(json.dumps(vars(config), indent=1)))
             if config.tokenizer == "learned":
@@ -1022,9 +1192,12 @@ def main():
     except (ValueError, OSError) as error:
         print(f"evolve.py: {error}", file=sys.stderr)
         sys.exit(2)
-    if benching:                                                           # of what is there, else of any weights
+    if action != "run":                                                    # with what is there, else with any weights
         gpt = restored(found["gpt"], config.device) if found["gpt"] else GPT(GPTConfig(**sizes)).to(config.device).eval()
-        return bench(config, parts, gpt, found["namm"])
+        if action == "bench":
+            return bench(config, parts, gpt, found["namm"])
+        params, *statistics = (found["namm"][name] for name in ("params", "mean", "std"))
+        return show(example(gpt, params, statistics, parts["report"], config, action))
     try:
         run(config, out, parts, sizes, found)
     except KeyboardInterrupt:

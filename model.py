@@ -87,14 +87,16 @@ class KVCache:
         row that keeps fewer is padded with dead slots on the left."""
         keep = keep & self.alive
         count = keep.sum(-1)                                               # (B,K)
-        S = int(count.max())
+        S, fewest = int(count.max()), int(count.min())
+        if fewest == keep.shape[-1]:
+            return
         order = (keep * torch.arange(1, keep.shape[-1] + 1, device=keep.device)).sort(-1).values[..., -S:] - 1
         index = order.clamp(min=0)                                         # (B,K,S) survivors in order, on the right
         self.keys, self.values = self._take(self.keys, index), self._take(self.values, index)
         self.positions = self._take(self.positions, index)
         self.state = {name: self._take(x, index) for name, x in self.state.items()}
         self.alive = order >= 0
-        self.ragged = int(count.min()) < S
+        self.ragged = fewest < S
 
     @staticmethod
     def _take(x, index):
@@ -118,6 +120,9 @@ class KVCache:
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Attention over the cache
 
+PIECE = 64                         # queries at once where attention is written out
+
+
 def attend(q, k, v, alive=None, weights=False):
     """Causal attention of the T newest tokens over S slots.
 
@@ -126,22 +131,29 @@ def attend(q, k, v, alive=None, weights=False):
     """
     B, K, g, T, D = q.shape
     S = k.shape[2]
-    q = q.reshape(B, K, g * T, D)                                          # a group's queries share keys: one matmul
     if not weights:
         if S == T and alive is None:
-            out = F.scaled_dot_product_attention(q.view(B, K * g, T, D), k, v, is_causal=True, enable_gqa=g > 1)
+            out = F.scaled_dot_product_attention(q.reshape(B, K * g, T, D), k, v, is_causal=True, enable_gqa=g > 1)
         else:
             seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
             seen = seen if alive is None else seen & alive[:, :, None]     # (T,S) or (B,K,T,S)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=torch.cat([seen] * g, dim=-2))
+            mask = torch.cat([seen] * g, dim=-2)                           # a group's queries share keys: one matmul
+            out = F.scaled_dot_product_attention(q.reshape(B, K, g * T, D), k, v, attn_mask=mask)
         return out.view(B, K, g, T, D), None
-    scores = (q * D ** -0.5) @ k.transpose(-1, -2)                         # (B,K,gT,S)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    scores.view(B, K, g, T, S)[..., S - T:].masked_fill_(future, -math.inf)
-    if alive is not None:
-        scores.masked_fill_(~alive[:, :, None], -math.inf)
-    scores = scores.softmax(-1)
-    return (scores.to(v.dtype) @ v).view(B, K, g, T, D), scores.view(B, K, g, T, S).mean(2)
+    out, received = [], torch.zeros(B, K, T, S, device=q.device)
+    for start in range(0, T, PIECE):                                       # piece by piece: scores fit the cache of a CPU, and
+        piece = q[:, :, :, start:start + PIECE]                            # no piece looks at slots after it: twice as fast
+        n = piece.shape[3]
+        seen = S - T + start + n                                           # slots that this piece may look at
+        scores = (piece.reshape(B, K, g * n, D) * D ** -0.5) @ k[:, :, :seen].transpose(-1, -2)          # (B,K,gn,seen)
+        future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+        scores.view(B, K, g, n, seen)[..., seen - n:].masked_fill_(future, -math.inf)
+        if alive is not None:
+            scores.masked_fill_(~alive[:, :, None, :seen], -math.inf)
+        scores = scores.softmax(-1)
+        out.append((scores.to(v.dtype) @ v[:, :, :seen]).view(B, K, g, n, D))
+        received[:, :, start:start + n, :seen] = scores.view(B, K, g, n, seen).mean(2)
+    return torch.cat(out, dim=3), received
 
 
 def rotate(x, angles):

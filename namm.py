@@ -41,9 +41,9 @@ HIDDEN = 16                        # of the scorer "mlp"
 
 @lru_cache
 def fourier(device):
-    """The Fourier matrix under a periodic Hann window, cosines above sines: (2F,32)."""
+    """The Fourier matrix under a periodic Hann window, F cosines above 15 sines (the first and last are zero): (32,32)."""
     turn = torch.outer(torch.arange(F), torch.arange(N_FFT)) * (2 * torch.pi / N_FFT)            # (F,32)
-    return (torch.cat([turn.cos(), turn.sin()]) * torch.hann_window(N_FFT)).to(device)
+    return (torch.cat([turn.cos(), turn[1:-1].sin()]) * torch.hann_window(N_FFT)).to(device)
 
 
 def spectrogram(attention, tail):
@@ -57,9 +57,9 @@ def spectrogram(attention, tail):
     """
     samples = torch.cat([tail.transpose(-1, -2), attention], dim=2)                              # (B,K,HOP+T,S)
     windows = samples.unfold(2, N_FFT, HOP).transpose(-1, -2)                                    # (B,K,frames,32,S)
-    waves = (fourier(attention.device) @ windows).square_()                                      # (B,K,frames,2F,S)
-    magnitudes = (waves[..., :F, :] + waves[..., F:, :]).sqrt_()                                 # (B,K,frames,F,S)
-    return magnitudes.permute(0, 1, 4, 2, 3), samples[:, :, -HOP:].transpose(-1, -2)
+    cosines, sines = (fourier(attention.device) @ windows).square_().split([F, F - 2], dim=-2)
+    cosines[..., 1:-1, :] += sines                                                               # (B,K,frames,F,S)
+    return cosines.sqrt_().permute(0, 1, 4, 2, 3), samples[:, :, -HOP:].transpose(-1, -2)
 
 
 def values(attention, tail):
@@ -122,14 +122,13 @@ def bam_scores(features, params, alive=None, newer=True):
     """
     B, K, S, _ = features.shape
     p = unpack(params, SHAPES)
-    x = features.reshape(len(params), -1, N_IN)                            # (P, prompts K S, 25)
-    qkv = torch.baddbmm(p["bqkv"][:, None], x, p["Wqkv"])
-    q, k, v = qkv.view(B, K, S, 3 * WIDTH).flip(2).split(WIDTH, dim=-1)    # (B,K,S,32) each, newest first
+    x = features.flip(2).reshape(len(params), -1, N_IN)                    # (P, prompts K S, 25), newest first
+    qkv = torch.baddbmm(p["bqkv"][:, None], x, p["Wqkv"]).view(B, K, S, 3 * WIDTH)
     mask = None if newer else alive.flip(2)[:, :, None]                    # (B,K,1,S)
-    o = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=newer).flip(2)
+    o = scaled_dot_product_attention(*qkv.split(WIDTH, dim=-1), attn_mask=mask, is_causal=newer)     # (B,K,S,32)
     o = o.reshape(len(params), -1, WIDTH)                                  # (P, prompts K S, 32)
     r, m = torch.baddbmm(p["bo"][:, None], o, p["Wo"]).chunk(2, dim=-1)    # (P, prompts K S, 25) each
-    return torch.baddbmm(p["b"][:, None], x * (1 + m) + r, p["w"]).view(B, K, S)
+    return torch.baddbmm(p["b"][:, None], x * (1 + m) + r, p["w"]).view(B, K, S).flip(2)
 
 
 def linear_scores(features, params, alive):
@@ -189,16 +188,19 @@ def keep_best(scores, budget):
 
 def spectra(cache, attention, sees):
     """Steps 1 and 2 for one layer: what each slot received in this block, added to what the cache remembers of it."""
-    B, K, _, S = attention.shape
+    B, K, T, S = attention.shape
     attention = attention.float()
     if "spectrum" not in cache.state:
         cache.state = {"tail": attention.new_zeros(B, K, S, HOP), "spectrum": attention.new_zeros(B, K, S, F)}
     transform = {"values": values, "moments": moments}.get(sees, spectrogram)
     tail, average = cache.state["tail"], cache.state["spectrum"]
-    for piece in attention.split(HOP, dim=2):                              # frame by frame: it fits the cache of a CPU
-        magnitudes, tail = transform(piece, tail)
-        average = moving_average(magnitudes, average)
-    cache.state = {"tail": tail, "spectrum": average}
+    average = average.transpose(2, 3).contiguous().transpose(2, 3)         # slots last in memory, as in the attention
+    for start in range(0, T, HOP):                                         # frame by frame: it fits the cache of a CPU
+        piece, seen = attention[:, :, start:start + HOP], S - T + start + HOP
+        magnitudes, _ = transform(piece[..., :seen], tail[:, :, :seen])    # younger slots have received nothing yet
+        average[:, :, :seen] = moving_average(magnitudes, average[:, :, :seen])
+        tail = piece.transpose(-1, -2)
+    cache.state = {"tail": tail.contiguous(), "spectrum": average}
     return average
 
 
@@ -223,6 +225,7 @@ def namm(params, mean, std, threshold=0.0, capacity=None, sees="all", scorer="ba
             if not per_head:
                 scores = scores.mean(1, keepdim=True).expand_as(scores)
             with record_function("eviction"):
+                cache.state["score"] = scores                              # for whoever wants to see it
                 scores = scores.masked_fill(~cache.alive, -torch.inf)
                 keep = keep_mask(scores, threshold)
                 cache.evict(keep & keep_best(scores, capacity) if capacity else keep)
