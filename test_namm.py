@@ -95,8 +95,11 @@ def test_chunks_of_any_size_give_the_logits_of_one_pass(weights, renumber):
             torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=1e-4)
 
 
-def test_attention_weights_are_those_of_the_fused_path():
-    """Catches: weights not normalised, not causal, averaged over the wrong heads, or dead slots that receive some."""
+@pytest.mark.parametrize("piece", [64, 2])
+def test_attention_weights_are_those_of_the_fused_path(monkeypatch, piece):
+    """Catches: weights not normalised, not causal, averaged over the wrong heads, or dead slots that receive some; and pieces
+    of the queries that see too few slots, or one too many."""
+    monkeypatch.setattr(model, "PIECE", piece)
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 3, 2, 5, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8)
     alive = torch.rand(2, 3, 9) < 0.5
@@ -756,11 +759,18 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def test_smoke_run_writes_everything_and_reuses_its_gpt(tmp_path):
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory, corpus):
+    """(folder of a finished run of the whole program, small; its settings)."""
+    settings = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--out", tmp_path_factory.mktemp("smoke") / "run"]
+    done = run(*settings)
+    assert done.returncode == 0, done.stderr
+    return settings[-1], settings
+
+
+def test_smoke_run_writes_everything_and_reuses_its_gpt(smoke):
     """The whole program, small. Catches: anything that breaks end to end, and a report that leaves rows out."""
-    out = tmp_path / "run"
-    first = run("--preset", "smoke", "--out", out, "--device", "cpu")
-    assert first.returncode == 0, first.stderr
+    out, settings = smoke
     results = json.loads((out / "results.json").read_text())
     rows = {(row["method"], row["task"], row["length"]): row for row in results["report"]}
     methods = {"full", "ntk", "namm", "random", "recent", "streaming", "h2o", "fastgen", "l2", "tova", "snapkv"}
@@ -775,13 +785,63 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(tmp_path):
             context = length - data.room(length)
             assert 0 <= row["cache"] - rows["namm", task, length]["cache"] <= 1 / context + 1e-6
     changed = (out / "gpt.pt").stat().st_mtime
-    second = run("--preset", "smoke", "--out", out, "--device", "cpu")
+    second = run(*settings)
     assert second.returncode == 0 and (out / "gpt.pt").stat().st_mtime == changed
     again = json.loads((out / "results.json").read_text())                 # the same run, again; only its time differs
     untimed = lambda result: [dict(row, seconds=0) for row in result["report"]] + result["stream"] + result["curve"]
     assert untimed(again) == untimed(results)
-    other = run("--preset", "smoke", "--out", out, "--steps", 3, "--device", "cpu")
+    other = run(*settings, "--steps", 3)
     assert other.returncode == 2 and "steps 3" in other.stderr and len(other.stderr.splitlines()) == 1
+
+
+def test_a_finished_run_is_shown_and_reported_on_again(smoke):
+    """Catches: another prompt than the tasks', an evaluation that evolves again, writes over the run or ignores its threshold."""
+    out, _ = smoke
+    shown = run("--show", out, "--task", "kv")
+    assert shown.returncode == 0, shown.stderr
+    context, *_, asked = shown.stdout.split("---")
+    answers = [line.split("'")[3] for line in asked.splitlines() if "NAMM '" in line]
+    assert len(answers) >= 3 and all(f":{answer}," in context for answer in answers)
+    vector = (out / "namm.pt").stat().st_mtime
+    again = run("--eval", out, "--report_at", 2, "--threshold", 1e9, "--methods", "namm,full")
+    assert again.returncode == 0, again.stderr
+    rows = json.loads((out / "eval" / "results.json").read_text())["report"]
+    assert {row["length"] for row in rows} == {128} and (out / "namm.pt").stat().st_mtime == vector
+    assert all(row["cache"] < 0.1 for row in rows if row["method"] == "namm" and row["task"] != "lm")   # each head: one slot, or few
+
+
+def test_the_page_works_in_a_browser(smoke):
+    """report.html in a headless browser. Catches: a script that fails, text that ends it, a page that needs the network."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no browser: report.html was not opened")
+    page = smoke[0] / "report.html"
+    assert "http" not in page.read_text().replace("http://www.w3.org/2000/svg", "").split("<script>")[0].split("The text itself")[0]
+    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()], capture_output=True,
+                          text=True, timeout=60)
+    dom = done.stdout.split("<script>")[0]
+    assert dom.count("<span style=") == 4 * 64 - 64                        # every token of the context is there, and painted
+    assert dom.count("<option") == 1 + 3 and dom.count("<svg") >= 5 and "NaN" not in dom
+
+
+def test_watch_tells_who_stays_and_by_what_score(parts):
+    """Without a capacity a token stays when its score is 0 or more, or when it is the newest. Catches: scores of another slot,
+    head, row or eviction."""
+    config = evolve.Config(**evolve.PRESETS["smoke"] | dict(device="cpu", capacity=0))
+    gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, head_dim=8, n_hidden=32)).eval()
+    batch = evolve.prompts(parts[2]["evolve"], "kv", 3, np.random.default_rng(0), 256, "cpu")
+    torch.manual_seed(0)
+    params, statistics = 0.2 * torch.randn(namm.N_PARAMS), (torch.zeros(17), torch.full((17,), 0.05))
+    cache, kept = gpt.new_cache(3, True), []
+    with torch.no_grad():
+        model.read(gpt, batch.tokens[:, :batch.context], cache, config.delay, evolve.manager(params[None], statistics, config), True)
+    for fate, layer in zip(evolve.watch(gpt, params, statistics, batch, config), cache):
+        stays = (fate["score"] >= 0) | (torch.arange(batch.context) == batch.context - 1)
+        assert torch.equal(stays, fate["lives"])
+        for row in range(3):
+            assert layer.positions[row, 0][layer.alive[row, 0]].tolist() == fate["lives"][row, 0].nonzero()[:, 0].tolist()
+        kept.append(stays.float().mean().item())
+    assert 0 < min(kept) < max(kept) < 1
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, corpus):
