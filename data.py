@@ -115,7 +115,7 @@ def learn_bpe(text, vocab_size):
 
 
 def tokenizer(name, vocab_size, path, texts):
-    """A tiktoken.Encoding. `name` "learned": the ranks in the file `path` (see save_ranks) or, without it, those of
+    """A tiktoken.Encoding. `name` "learned": the ranks in the file `path` (see ranks_file) or, without it, those of
     `vocab_size` tokens learned from `texts`; any other name is tiktoken's. Raises ValueError when tiktoken does not know
     the name or cannot fetch its ranks."""
     if name != "learned":
@@ -132,10 +132,10 @@ def tokenizer(name, vocab_size, path, texts):
     return tiktoken.Encoding("learned", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
-def save_ranks(encoding, path):
-    """Write the ranks as tiktoken does: a token in base64 and its rank, one a line."""
+def ranks_file(encoding):
+    """The ranks as tiktoken writes them: a token in base64 and its rank, one a line."""
     rank = encoding.encode_single_token
-    path.write_text("".join(f"{base64.b64encode(t).decode()} {rank(t)}\n" for t in encoding.token_byte_values()))
+    return "".join(f"{base64.b64encode(t).decode()} {rank(t)}\n" for t in encoding.token_byte_values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ Read in this order:
 import argparse
 import dataclasses
 import html
+import io
 import itertools
 import json
 import math
@@ -152,7 +153,7 @@ def check(c):
     for name in ("n_layer n_head n_kv_head n_embd head_dim n_hidden length steps batch_tokens lr delay generations sigma "
                  "prompts validate choose_prompts report_prompts far_prompts rows evolve_at report_at").split():
         value = getattr(c, name)
-        if min(value if isinstance(value, tuple) else (value,)) <= 0:
+        if not all(0 < x < math.inf for x in (value if isinstance(value, tuple) else (value,))):         # nor NaN
             raise ValueError(f"--{name} must be above 0")
     shortest = c.length * min(c.evolve_at)
     for holds, message in [
@@ -176,6 +177,7 @@ def check(c):
          f"--methods: namm and full, and any of {', '.join(METHODS[2:])}"),
         (0 <= c.recall < 1, "--recall must be 0 or more, and below 1"),
         (c.capacity >= 0, "--capacity must be 0 or more"),
+        (not math.isnan(c.threshold), "--threshold must be a number"),
         (c.vocab_size > 266, "--vocab_size must be above 266: 256 bytes, ten digits, and what is learned"),
     ]:
         if not holds:
@@ -239,9 +241,9 @@ class CMAES:
         return self.mean + self.sigma * self.y                                                      # (40)
 
     def tell(self, fitness):
-        """Fitness of the candidates of the last ask(), higher is better; NaN counts as worst."""
+        """Fitness of the candidates of the last ask(), higher is better; what is not finite counts as worst."""
         n, w = len(self.mean), self.weights
-        fitness = torch.as_tensor(fitness, dtype=torch.float64).nan_to_num(nan=-math.inf)
+        fitness = torch.as_tensor(fitness, dtype=torch.float64).nan_to_num(nan=-math.inf, posinf=-math.inf)
         order = fitness.argsort(descending=True, stable=True)
         y, z = self.y[order], self.z[order]
         # the mean moves to the weighted best
@@ -655,12 +657,17 @@ def lost(gpt, params, statistics, part, config):
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Tables and pictures
 
-def save(path, write):
-    """Call write(temporary path), then move the file to `path`: after a crash it is there whole, or as it was before."""
+def save(path, content):
+    """Write text or bytes beside `path`, then move them there: after a crash the file is whole, or as it was before."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:                                                        # the disk is full, say
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
 
 
@@ -860,13 +867,14 @@ def summary(paths):
     print("\n".join(text))
     full = {n: over("full", n).mean() for n in lengths if len(over("full", n))}
     for name, picture in {"curve": picture_curve(rows("curve"), full), "needle": picture_needle(rows("report"))}.items():
-        save(pathlib.Path(paths[0]).parent / f"{name}.svg", lambda path: path.write_text(picture))
+        save(pathlib.Path(paths[0]).parent / f"{name}.svg", picture)
 
 
 def example(gpt, params, statistics, part, config, task="needle"):
-    """One prompt for people: {task, length, text [n], asked [{question, answer, full, namm}], heads [name], and for each head what
+    """One prompt for people, of 1024 tokens or the training length: {task, length, text [n], asked [{question, answer, full, namm}], heads [name], and for each head what
     `watch` gives: lives [n], score [n], spectrum [n][F], seen [blocks][n][F]}."""
-    batch = prompts(part, task, 1, np.random.default_rng([config.seed, 10]), config.length * max(config.evolve_at), config.device)
+    length = min(config.length * max(config.evolve_at), max(config.length, 1024))
+    batch = prompts(part, task, 1, np.random.default_rng([config.seed, 10]), length, config.device)
     tokens, answer, n = batch.tokens[0].tolist(), batch.answer[0], batch.context
     replies = {method: said(gpt, batch, config, *rule(method, params, statistics, None, config))[2].argmax(-1).tolist()
                for method in ("full", "namm")}
@@ -1060,20 +1068,15 @@ def bench(config, parts, gpt, evolved):
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. Main
 
-def prepare(config):
+def prepare(config, action):
     """(folder, encoding, parts, sizes of the GPT, what earlier runs left: {name: state or None}). Writes nothing, and looks at
-    all that can be refused: raises ValueError, with a line for the user."""
-    texts = data.split(data.documents(config.corpus or None))
+    all that can be refused, the quickest first: raises ValueError, with a line for the user."""
     out, sources = pathlib.Path(config.out), [pathlib.Path(f) for f in (config.eval, config.base) if f] or [pathlib.Path(config.out)]
-    encoding = data.tokenizer(config.tokenizer, config.vocab_size, sources[0] / "tokenizer.tiktoken", texts["train"])
-    parts = data.make_parts(texts, encoding, config.length * max(*config.evolve_at, *config.report_at))
-    names = [f.name for f in dataclasses.fields(GPTConfig)]
-    sizes = {name: value for name, value in vars(config).items() if name in names} | {"vocab_size": encoding.n_vocab}
     made, path = out / "config.json", next((f / "gpt.pt" for f in sources if (f / "gpt.pt").exists()), sources[-1] / "gpt.pt")
     if made.exists():
         old, new = json.loads(made.read_text()), json.loads(json.dumps(vars(config)))
         differs = {name: value for name, value in new.items() if name not in FREE and old.get(name) != value}
-        if differs:
+        if differs and action == "run":
             differs = ", ".join(f"{name} {value}" for name, value in differs.items())
             raise ValueError(f"{out} holds a run with other settings than {differs}; give another --out, or delete it")
     elif (out / "gpt.pt").exists():
@@ -1082,8 +1085,18 @@ def prepare(config):
         raise ValueError(f"--{'base' if config.base else 'eval'} {path.parent}: the folder has no gpt.pt")
     found = {"gpt": load(path, config.device), "training": load(out / "training.pt", config.device),
              "evolution": load(out / "evolution.pt"), "namm": load(sources[0] / "namm.pt", config.device)}
-    if config.eval and not found["namm"]:
-        raise ValueError(f"--eval {config.eval}: the run is not finished (no namm.pt); python evolve.py --resume {config.eval}")
+    if (config.eval or action in data.TASKS) and not found["namm"]:
+        raise ValueError(f"{sources[0]}: the run is not finished (no namm.pt); python evolve.py --resume {sources[0]} goes on")
+    if world()[1] > config.batch_tokens // config.length:
+        raise ValueError(f"{world()[1]} processes, but a training step has {config.batch_tokens // config.length} rows to share; "
+                         "start fewer, or give more --batch_tokens")
+    if action == "run" and world()[0] == 0:
+        print("reading the text", flush=True)                              # which takes a few seconds
+    texts = data.split(data.documents(config.corpus or None))
+    encoding = data.tokenizer(config.tokenizer, config.vocab_size, sources[0] / "tokenizer.tiktoken", texts["train"])
+    parts = data.make_parts(texts, encoding, config.length * max(*config.evolve_at, *config.report_at))
+    names = [f.name for f in dataclasses.fields(GPTConfig)]
+    sizes = {name: value for name, value in vars(config).items() if name in names} | {"vocab_size": encoding.n_vocab}
     return out, encoding, parts, sizes, found
 
 
@@ -1129,7 +1142,8 @@ def base_model(out, part, sizes, found, config, log):
 def keep(path, state):
     """Save tensors and numbers; the first process does."""
     if world()[0] == 0:
-        save(path, lambda temporary: torch.save(state, temporary))
+        torch.save(state, buffer := io.BytesIO())
+        save(path, buffer.getvalue())
 
 
 def run(config, out, parts, sizes, found):
@@ -1162,11 +1176,10 @@ def run(config, out, parts, sizes, found):
     for section in (report, stream, curve, anatomy, lost)[:1 if config.methods else None]:
         result[section.__name__] = section(gpt, params, statistics, parts["report"], config)
     result["seconds"] = time.time() - start
-    save(out / "results.json", lambda path: path.write_text(json.dumps(result).replace("}, {", "},\n {")))
+    save(out / "results.json", json.dumps(result).replace("}, {", "},\n {"))
     log(table(result["report"]))
     if not config.methods:
-        written = page(result, example(gpt, params, statistics, parts["report"], config))
-        save(out / "report.html", lambda path: path.write_text(written))
+        save(out / "report.html", page(result, example(gpt, params, statistics, parts["report"], config)))
     log(f"{out / 'results.json'} holds all of it" + f", {out / 'report.html'} shows it" * (not config.methods)
         + f"; {time.time() - start:.0f} s")
 
@@ -1181,14 +1194,12 @@ def main():
             torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        out, encoding, parts, sizes, found = prepare(config)
-        if action in data.TASKS and not found["namm"]:
-            raise ValueError(f"--show {out}: the run is not finished (no namm.pt); python evolve.py --resume {out}")
+        out, encoding, parts, sizes, found = prepare(config, action)
         if action == "run" and world()[0] == 0:
             out.mkdir(parents=True, exist_ok=True)
-            save(out / "config.json", lambda path: path.write_text(json.dumps(vars(config), indent=1)))
+            save(out / "config.json", json.dumps(vars(config), indent=1))
             if config.tokenizer == "learned":
-                save(out / "tokenizer.tiktoken", lambda temporary: data.save_ranks(encoding, temporary))
+                save(out / "tokenizer.tiktoken", data.ranks_file(encoding))
     except (ValueError, OSError) as error:
         print(f"evolve.py: {error}", file=sys.stderr)
         sys.exit(2)
@@ -1202,6 +1213,9 @@ def main():
         run(config, out, parts, sizes, found)
     except KeyboardInterrupt:
         sys.exit(f"\nstopped; the same command goes on from here, and so does: python evolve.py --resume {out}")
+    except OSError as error:
+        print(f"evolve.py: {error}; once that is mended, python evolve.py --resume {out} goes on", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

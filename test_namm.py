@@ -5,6 +5,7 @@
 
 import json
 import math
+import resource
 import shutil
 import subprocess
 import sys
@@ -511,6 +512,24 @@ def test_diagonal_cmaes_learns_the_scales_of_a_large_ellipsoid():
     assert 300 < es.D[0] / es.D[-1] < 3000                                 # 1000 is the ratio of the true scales
 
 
+def test_cmaes_survives_fitness_that_tells_nothing():
+    """NaN and infinity count as worst, whatever their sign: the mean moves as if those candidates had come last. Where all are
+    equal, or all NaN, the search goes on with finite numbers. Catches: a NaN that poisons the mean, infinity as the best."""
+    fitness = torch.tensor([3.0, 1, 2, 5, 4, 0, -1, -2])
+    means = []
+    for worst in ([0.0, -1, -2], [math.nan, math.inf, -math.inf]):
+        es = evolve.CMAES(torch.zeros(3), 1.0, 8)
+        es.ask()
+        es.tell(torch.cat([fitness[:5], torch.tensor(worst)]))
+        means.append(es.mean)
+    assert torch.equal(*means)
+    for value in (1.0, math.nan):
+        for _ in range(50):
+            es.ask()
+            es.tell([value] * 8)
+        assert torch.isfinite(es.mean).all() and torch.isfinite(es.C).all() and 0 < es.sigma < 1e3
+
+
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_cmaes_resumes_exactly(diagonal):
     """Ten generations, or five, the state through a file, and five more in a new object: the same bits. Catches: random
@@ -863,10 +882,20 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, corpus):
     for name in ("gpt.pt", "namm.pt"):
         a, b = (torch.load(tmp_path / folder / name, weights_only=True) for folder in ("whole", "killed"))
         a, b = (x.get("model", x) for x in (a, b))
-        assert all(torch.equal(a[key], b[key]) for key in a)
+        costs = [x.pop("cost", {}).get("history") for x in (a, b)]         # of namm.pt: fitness, sigma, generation by generation
+        assert all(torch.equal(a[key], b[key]) for key in a) and costs[0] == costs[1]
     (tmp_path / "killed" / "evolution.pt").write_bytes(b"no checkpoint")
     refused = run("--resume", tmp_path / "killed")
     assert refused.returncode == 2 and "damaged" in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
+def test_a_full_disk_ends_in_a_line_and_leaves_nothing_half_written(tmp_path, corpus):
+    """Files may not grow above 100,000 bytes, so that the GPT cannot be saved. Catches: a traceback, a torn file, exit code 0."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    done = subprocess.run([sys.executable, "evolve.py", "--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--out",
+                           tmp_path / "run"], capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2 and "File too large" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {"config.json", "tokenizer.tiktoken", "log.txt"}
 
 
 def test_two_processes_are_the_run_of_one(tmp_path, corpus):
@@ -919,6 +948,9 @@ def test_table_by_hand():
 
 
 @pytest.mark.parametrize("arguments, says", [
+    (["--lr", "nan"], "lr"), (["--sigma", "inf"], "sigma"), (["--threshold", "nan"], "threshold"), (["--rows", "0"], "rows"),
+    (["--eval", "{dir}/missing"], "holds no run"), (["--show", "{dir}/missing"], "holds no run"), (["--show", "{dir}/begun"], "not finished"),
+    (["--task", "riddle"], "task"), (["--delay", "4096"], "nothing would ever be evicted"), (["--batch_tokens", "10"], "batch_tokens"),
     (["--corpus", "{dir}/missing"], "no such file"), (["--corpus", "{dir}/empty.txt"], "empty"),
     (["--corpus", "{dir}/binary.txt"], "not"), (["--corpus", "{dir}/short.txt"], "too short"),
     (["--corpus", "{dir}/nothing"], "no .txt"), (["--delay", "50"], "multiple of 16"), (["--popsize", "1"], "popsize"),
@@ -929,12 +961,17 @@ def test_table_by_hand():
     (["--base", "{dir}/missing"], "gpt.pt"), (["--resume", "{dir}/missing"], "holds no run"), (["--generations", "0"], "generations"), (["--far_prompts", "0"], "far_prompts"),
     (["--vocab_size", "200"], "vocab_size"), (["--capacity", "-1"], "capacity"), (["--recall", "1.5"], "recall"), (["--length", "63"], "length"), (["--tokenizer", "no-such-encoding"], "tokenizer"), (["--device", "tpu"], "device"),
 ])
-def test_bad_input_ends_in_a_line_and_leaves_nothing(tmp_path, arguments, says):
+def test_bad_input_ends_in_a_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, says):
     """Exit code 2, a line that names the cause, no traceback, no folder. Catches: errors after work was done."""
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "short.txt").write_text("A text that is far too short.\n" * 20)
     (tmp_path / "nothing").mkdir()
-    done = run("--preset", "smoke", "--out", tmp_path / "out", *[a.format(dir=tmp_path) for a in arguments])
-    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) <= 2 and not (tmp_path / "out").exists()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text(json.dumps({"length": 64, "report_at": [1]}))
+    monkeypatch.setattr(sys, "argv", ["evolve.py", "--preset", "smoke", "--device", "cpu", "--out", str(tmp_path / "out"),
+                                      *[a.format(dir=tmp_path) for a in arguments]])
+    with pytest.raises(SystemExit) as stop:                                # what a shell sees as the exit code
+        evolve.main()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and says in "".join(lines) and len(lines) <= 2 and not (tmp_path / "out").exists()
