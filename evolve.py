@@ -5,9 +5,10 @@ Read in this order:
   2. CMAES        the evolution strategy, after Hansen's tutorial (arXiv 1604.00772), whose equation numbers it gives
   3. evaluate     prompts through the cache, the questions afterwards, and the scores
   4. evolve       the loop: candidates, prompts, fitness, stages, validation
-  5. report       every method on every task and length; then stream, curve, anatomy: the same question in other ways
-  6. table        the rows as Markdown, and `python evolve.py --summary RUN/results.json ...` for several runs
-  7. main
+  5. report       every method on every task and length; then stream, curve, anatomy, lost: the same question in other ways
+  6. table, page  files, tables, pictures, report.html, `--show RUN`, `--summary RUN/results.json ...`
+  7. bench        `--bench`: what it costs
+  8. main
 """
 
 import argparse
@@ -655,7 +656,7 @@ def lost(gpt, params, statistics, part, config):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Tables and pictures
+# 6. Files, tables, pictures
 
 def save(path, content):
     """Write text or bytes beside `path`, then move them there: after a crash the file is whole, or as it was before."""

@@ -5,6 +5,7 @@
 
 import json
 import math
+import re
 import resource
 import shutil
 import subprocess
@@ -916,6 +917,24 @@ def test_two_processes_are_the_run_of_one(tmp_path, corpus):
              for folder in (one, two)]
     for first, second in zip(*lines):
         assert [float(x.strip("%")) for x in first] == pytest.approx([float(x.strip("%")) for x in second], abs=0.2, rel=0.01)
+
+
+def test_the_changes_that_readme_shows_work(tmp_path, corpus):
+    """Every diff of README, applied to a copy, which must run with the new scorer and report on the new task and rule. Catches: a
+    recipe that no longer fits the code."""
+    for name in ("namm.py", "model.py", "evolve.py", "data.py"):
+        shutil.copy(name, tmp_path)
+    diffs = re.findall(r"```diff\n(.*?)```", open("README.md").read(), re.S)
+    for diff in diffs:
+        lines = diff.splitlines()
+        old, new = ("\n".join(line[1:] for line in lines if line[0] in sides) + "\n" for sides in (" -", " +"))
+        [path] = [path for path in tmp_path.glob("*.py") if old in path.read_text()]
+        path.write_text(path.read_text().replace(old, new))
+    done = subprocess.run([sys.executable, "evolve.py", "--preset", "smoke", "--device", "cpu", "--corpus", str(corpus), "--scorer", "product",
+                           "--report_at", "1", "--methods", "namm,full,oldest"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "runs/smoke/results.json").read_text())["report"]
+    assert ("owner", "oldest") in {(row["task"], row["method"]) for row in report} and len(diffs) == 5
 
 
 def test_bench_prints_every_row(parts, monkeypatch, capsys):
