@@ -101,7 +101,8 @@ class Config:
 PRESETS = {
     "cpu": {},
     "smoke": dict(length=64, steps=20, batch_tokens=1024, n_embd=32, head_dim=8, n_hidden=64, delay=16, capacity=24,
-                  generations=3, popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2, far_prompts=1, report_at=(1, 4, 8)),
+                  generations=3, popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2, far_prompts=1,
+                  report_at=(1, 4, 8)),
     "gpu": dict(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=2, n_embd=512, head_dim=64, n_hidden=1408, length=2048,
                 steps=3000, batch_tokens=131_072, lr=1e-3, delay=256, capacity=768, generations=100, popsize=32, prompts=8,
                 choose_prompts=32, report_prompts=64, far_prompts=16, rows=512),
@@ -347,8 +348,9 @@ def answers(gpt, batch, config, manage, weights):
 
 def manager(params, statistics, config, **changes):
     """NAMM as the settings say, for params (P,n)."""
-    return namm.namm(params, *statistics, **{"threshold": config.threshold, "capacity": config.capacity, "sees": config.features, "scorer": config.scorer,
-                                             "per_head": config.heads == "apart", **changes})
+    return namm.namm(params, *statistics, **{
+        "threshold": config.threshold, "capacity": config.capacity, "sees": config.features, "scorer": config.scorer,
+        "per_head": config.heads == "apart", **changes})
 
 
 def score(task, exact, logprob):
@@ -461,7 +463,8 @@ def evolve(gpt, parts, config, log, state, keep):
             f"{(es.D.max() / es.D.min()).item():11.2f} | {time.time() - began:7.1f} {left:4.0f}s")
         state["history"].append(point)
         keep(state | {"next": g + 1, "es": es.state_dict(), "seconds": time.time() - start})
-    cost = {"generations": config.generations, "fitness of the full cache": full.item(), "passed the full cache at generation": state["passed"],
+    cost = {"generations": config.generations, "fitness of the full cache": full.item(),
+            "passed the full cache at generation": state["passed"],
             "seconds": time.time() - start,
             "candidate prompts read": sum(config.popsize * config.prompts * (len(data.EVOLVED) - config.stages + 1 +
                                           config.stages * g // config.generations) for g in range(config.generations))}
@@ -696,7 +699,8 @@ def lead(rows):
 
 def means(rows):
     """f(method, length, tasks, key) -> (seeds,): the mean over tasks, for each seed, of what `report` gave."""
-    cell, seeds = {(row["method"], row["length"], row["task"], row["seed"]): row for row in rows}, sorted({row["seed"] for row in rows})
+    cell = {(row["method"], row["length"], row["task"], row["seed"]): row for row in rows}
+    seeds = sorted({row["seed"] for row in rows})
     return lambda method, length, tasks=tuple(data.TASKS), key="score": np.array([np.mean([
         cell[method, length, task, seed][key] for task in tasks]) for seed in seeds if (method, length, tasks[0], seed) in cell])
 
@@ -718,8 +722,8 @@ def table(rows):
         for method in dict.fromkeys(row["method"] for row in rows if row["length"] == n):
             own = [row for row in rows if (row["method"], row["length"]) == (method, n)]
             text.append(f"| {method} | " + " | ".join(f"{over(method, n, (task,)).mean():.2f}" for task in data.TASKS)
-                        + f" | {spread(over(method, n, data.EVOLVED))} | {spread(over(method, n, OTHERS))} | {spread(over(method, n), 3)} | "
-                        f"{spread(ratio(over(method, n), over('full', n)))} | {over(method, n, key='cache').mean():.2f} | "
+                        + f" | {spread(over(method, n, data.EVOLVED))} | {spread(over(method, n, OTHERS))} | "
+                        f"{spread(over(method, n), 3)} | {spread(ratio(over(method, n), over('full', n)))} | {over(method, n, key='cache').mean():.2f} | "
                         + ("" if method == "namm" else "{:+.3f} ± {:.3f}".format(*lead(own))) + " |")
     return "\n".join(text) + "\n"
 
@@ -736,7 +740,8 @@ def claims(rows):
         best = max(sorted(rules), key=lambda method: over(method, n).mean())
         share = lambda tasks: spread(ratio(over("namm", n, tasks), over("full", lengths[0], tasks)))
         text.append(f"| {n} | {spread(over('full', n))} | {spread(over('ntk', n))} | {spread(over('namm', n))} | "
-                    f"{ratio([over('namm', n).mean()], [over('full', n).mean()])[0]:.2f} | {over('namm', n, key='cache').mean():.2f} | "
+                    f"{ratio([over('namm', n).mean()], [over('full', n).mean()])[0]:.2f} | "
+                    f"{over('namm', n, key='cache').mean():.2f} | "
                     f"{share(data.EVOLVED)} | {share(OTHERS)} | {share(tuple(data.TASKS))} | {best} {spread(over(best, n))} | "
                     + "{:+.3f} ± {:.3f} |".format(*lead([row for row in rows if (row["method"], row["length"]) == (best, n)])))
     return "\n".join(text) + "\n"
@@ -744,8 +749,8 @@ def claims(rows):
 
 def svg(width, height, body):
     """A picture that reads well on a light and on a dark page, as text."""
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="12">'
-            '<style>text{fill:#333}path{fill:none;stroke-width:2}.g{stroke:#8886;stroke-width:1}'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" '
+            'font-size="12"><style>text{fill:#333}path{fill:none;stroke-width:2}.g{stroke:#8886;stroke-width:1}'
             f'@media(prefers-color-scheme:dark){{text{{fill:#ddd}}}}</style>{"".join(body)}</svg>')
 
 
@@ -758,7 +763,8 @@ def plot(left, title, lines, xs, ys, log=False):
     x = lambda value: left + 40 + 190 * (f(value) - f(xs[0])) / (f(xs[-1]) - f(xs[0]))
     y = lambda value: 200 - 170 * (value - ys[0]) / (ys[-1] - ys[0])
     body = [f'<text x="{left + 40}" y="14">{title}</text>']
-    body += [f'<path class="g" d="M{left + 40} {y(tick):.0f}h190"/><text x="{left + 8}" y="{y(tick) + 4:.0f}">{tick:g}</text>' for tick in ys]
+    body += [f'<path class="g" d="M{left + 40} {y(tick):.0f}h190"/><text x="{left + 8}" y="{y(tick) + 4:.0f}">{tick:g}</text>'
+             for tick in ys]
     body += [f'<text x="{x(tick) - 7:.0f}" y="218">{tick}</text>' for tick in xs]
     return body + [f'<path stroke="{color}" stroke-dasharray="{dash}" d="M'
                    + "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points) + '"/>' for color, points, dash in lines if points]
@@ -792,7 +798,8 @@ def picture_curve(rows, full):
 
 def picture_needle(rows):
     """Share of needles found, depth down, length across, one panel a method: rows of `report`."""
-    body, lengths = ['<text x="0" y="60">first</text><text x="0" y="148">last fifth</text>'], sorted({row["length"] for row in rows})
+    body = ['<text x="0" y="60">first</text><text x="0" y="148">last fifth</text>']
+    lengths = sorted({row["length"] for row in rows})
     for panel, method in enumerate(m for m in FAR if any(row["method"] == m for row in rows)):
         found = [[[row["depths"][depth] for row in rows if (row["task"], row["method"], row["length"]) == ("needle", method, n)
                    and row["depths"][depth] is not None] for n in lengths] for depth in range(5)]
@@ -812,9 +819,10 @@ def picture_evolution(history, full):
     ticks = lambda top: [round(top * part, 3) for part in (0, 0.25, 0.5, 0.75, 1)]
     colors = {"candidates": "#868e96", "best of them": "#1c7ed6", "mean": "#e8590c", "full cache": "#c92a2a"}
     fitness = [(color, line(key), 0) for color, key in zip(colors.values(), ("candidates", "best", "mean"))]
-    return svg(740, 255, plot(0, "fitness", fitness + [("#c92a2a", [(0, full), (last, full)], 4)], (0, last), ticks(top))
-               + plot(240, "cache kept", [("#868e96", line("cache"), 0)], (0, last), ticks(max(y for _, y in line("cache"))))
-               + plot(480, "sigma", [("#868e96", line("sigma"), 0)], (0, last), ticks(max(y for _, y in line("sigma")))) + legend(colors))
+    body = plot(0, "fitness", fitness + [("#c92a2a", [(0, full), (last, full)], 4)], (0, last), ticks(top))
+    for left, title, key in ((240, "cache kept", "cache"), (480, "sigma", "sigma")):
+        body += plot(left, title, [("#868e96", line(key), 0)], (0, last), ticks(max(y for _, y in line(key))))
+    return svg(740, 255, body + legend(colors))
 
 
 def summary(paths):
@@ -826,7 +834,8 @@ def summary(paths):
     if runs[0]["config"]["methods"]:
         raise ValueError("--summary: the first run must have reported on all methods")
     first = runs[0]["config"]
-    changed = lambda run: ", ".join(f"{k} {v}" for k, v in run["config"].items() if k not in (*FREE, "seed", "base", "eval") and v != first.get(k))
+    changed = lambda run: ", ".join(f"{k} {v}" for k, v in run["config"].items()
+                                    if k not in (*FREE, "seed", "base", "eval") and v != first.get(k))
     groups = {}
     for run in runs:
         groups.setdefault(changed(run), []).append(run)
@@ -863,8 +872,10 @@ def summary(paths):
         text.append(f"| {change or 'nothing'} | {len(group)} | " + " | ".join(
             f"{spread(of('namm', n), 3)}, {of('full', n).mean():.3f}, {of('namm', n, key='cache').mean():.2f}"
             if len(of("namm", n)) else "" for n in lengths) + " |")
-    cost = [{key: value for key, value in run["evolution"].items() if key != "history"} for run in groups[""]]
-    text += ["\nEvolution, run by run\n"] + [f"* seed {run['config']['seed']}: {json.dumps(own)}" for run, own in zip(groups[""], cost)]
+    text.append("\nEvolution, run by run\n")
+    for run in groups[""]:
+        cost = {key: value for key, value in run["evolution"].items() if key != "history"}
+        text.append(f"* seed {run['config']['seed']}: {json.dumps(cost)}")
     print("\n".join(text))
     full = {n: over("full", n).mean() for n in lengths if len(over("full", n))}
     for name, picture in {"curve": picture_curve(rows("curve"), full), "needle": picture_needle(rows("report"))}.items():
@@ -872,8 +883,8 @@ def summary(paths):
 
 
 def example(gpt, params, statistics, part, config, task="needle"):
-    """One prompt for people, of 1024 tokens or the training length: {task, length, text [n], asked [{question, answer, full, namm}], heads [name], and for each head what
-    `watch` gives: lives [n], score [n], spectrum [n][F], seen [blocks][n][F]}."""
+    """One prompt for people, of 1024 tokens or the training length: {task, length, text [n], asked [{question, answer, full,
+    namm}], heads [name], and for each head what `watch` gives: lives [n], score [n], spectrum [n][F], seen [blocks][n][F]}."""
     length = min(config.length * max(config.evolve_at), max(config.length, 1024))
     batch = prompts(part, task, 1, np.random.default_rng([config.seed, 10]), length, config.device)
     tokens, answer, n = batch.tokens[0].tolist(), batch.answer[0], batch.context
@@ -934,7 +945,8 @@ text.onpointerover = text.onclick = event => {      // its score and its spectru
   const i = [...text.children].indexOf(event.target), h = head.value < 0 ? shown.heads.length - 1 : head.value;
   if (i < 0) return;
   const top = Math.max(...shown.spectrum[h].map(x => Math.max(...x)), 1e-9), score = shown.score[h][i];
-  const bars = shown.spectrum[h][i].map((x, f) => `<rect x="${f * 9}" y="${50 - 50 * Math.sqrt(x / top)}" width="8" height="50" fill="#e8590c"/>`);
+  const bars = shown.spectrum[h][i].map((x, f) =>
+    `<rect x="${f * 9}" y="${50 - 50 * Math.sqrt(x / top)}" width="8" height="50" fill="#e8590c"/>`);
   token.textContent = `${JSON.stringify(shown.text[i])}, token ${i}, ${shown.heads[h]}: ` + (score === null ? "not judged yet"
     : `score ${score}`) + (shown.lives[h][i] ? ", stays" : ", went") + "; root of its spectrum, bins 0 to 16: ";
   token.insertAdjacentHTML("beforeend", `<svg viewBox="0 0 153 50" width="153" height="50">${bars.join("")}</svg>`);
@@ -950,7 +962,8 @@ def page(result, shown):
     over = means(rows)
     full = {n: over("full", n).mean() for n in lengths}
     kept = {(row["layer"], row["head"]): row["kept"] for row in result["anatomy"] if row["kind"] == "all"}
-    layers = [[kept.get((layer, head)) for head in range(result["config"]["n_kv_head"])] for layer in range(result["config"]["n_layer"])]
+    layers = [[kept.get((layer, head)) for head in range(result["config"]["n_kv_head"])]
+              for layer in range(result["config"]["n_layer"])]
     last, judged = -1, [i for i, score in enumerate(shown["score"][-1]) if math.isfinite(score)]
     by_score = sorted(judged, key=lambda i: shown["score"][last][i])
     chosen = {"kept": next((i for i in reversed(by_score) if shown["lives"][last][i]), 0),
@@ -961,9 +974,10 @@ def page(result, shown):
                       330 / len(shown["seen"][last]), 9, texts=False)
         heat.append(f'<text x="{10 + 360 * panel}" y="14">{what}: {html.escape(repr(shown["text"][i]))}, token {i}</text>')
     rounded = lambda x: [rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.3g}") if math.isfinite(x) else None
-    data_of = {name: shown[name] for name in ("text", "heads")} | {name: rounded(shown[name]) for name in ("lives", "score", "spectrum")}
-    asked = "\n".join(f"{own['question']!r} {own['answer']!r}: full cache {own['full']!r}, NAMM {own['namm']!r}" for own in shown["asked"])
-    block = json.dumps(data_of).replace("</", "<\\/")                        # nothing in the text can end the script
+    texts, numbers = (dict(zip(names, map(shown.get, names))) for names in (("text", "heads"), ("lives", "score", "spectrum")))
+    asked = "\n".join(f"{own['question']!r} {own['answer']!r}: full cache {own['full']!r}, NAMM {own['namm']!r}"
+                      for own in shown["asked"])
+    block = json.dumps(texts | {name: rounded(x) for name, x in numbers.items()}).replace("</", "<\\/")                        # nothing in the text can end the script
     parts = {
         "The table": html_table(claims(rows) + table(rows)),
         "Evolution, generation by generation": picture_evolution(cost["history"], cost["fitness of the full cache"]),
@@ -1010,14 +1024,16 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}                    # den
 
 def bench(config, parts, gpt, evolved):
     """Print what everything costs on this device: reading against context length (the rivals: attention fused, and eager, which
-    makes one matrix of all weights, as usual), the parts of NAMM, a population, CMA-ES, pre-training. evolved: what a namm.pt holds; None for random parameters, which evict about half."""
+    makes one matrix of a block's weights, as usual), the parts of NAMM, a population, CMA-ES, pre-training. evolved: what a
+    namm.pt holds; None for random parameters, which evict about half."""
     device, delay, rows = config.device, config.delay, min(4, config.rows)
     if evolved is None:
         mean, std = feature_statistics(gpt, parts["evolve"], config)
         noise = np.random.default_rng(config.seed).standard_normal(len(namm.scale(config.scorer)))
         evolved = {"params": torch.from_numpy(noise).float(), "mean": mean, "std": std}
     params, *statistics = evolved["params"].to(device), evolved["mean"].to(device), evolved["std"].to(device)
-    kinds = {"full cache, fused": (None, False), "full cache, eager": (lambda *_: None, True), "eager, in pieces": (lambda *_: None, True),
+    look = lambda layer, cache, received: None
+    kinds = {"full cache, fused": (None, False), "full cache, eager": (look, True), "eager, in pieces": (look, True),
              "NAMM, nothing evicted": (manager(torch.zeros_like(params[None]), statistics, config, capacity=0), True),
              "NAMM": (manager(params[None], statistics, config), True)}
     print(f"{rows} rows, blocks of {delay} tokens, {torch.get_num_threads()} threads, {device}; tokens a second, and most slots\n\n"
@@ -1055,7 +1071,8 @@ def bench(config, parts, gpt, evolved):
         es = CMAES(torch.zeros(namm.N_PARAMS), 0.6, 32, diagonal=diagonal)
         once = seconds(lambda: es.tell(es.ask()[:, 0]), "cpu")
         print(f"CMA-ES, n = {namm.N_PARAMS}, 32 candidates, {'diagonal' if diagonal else 'full'}: {once:.4f} s a generation"
-              + ("" if diagonal else f"; an eigendecomposition every {es.lazy_gap}: {seconds(lambda: torch.linalg.eigh(es.C), 'cpu', 0):.1f} s"))
+              + ("" if diagonal else f"; an eigendecomposition every {es.lazy_gap}: "
+                 f"{seconds(lambda: torch.linalg.eigh(es.C), 'cpu', 0):.1f} s"))
     words = data.training_batch(parts["train"], np.random.default_rng(0), config.batch_tokens // config.length, config.length, 0.25)
     took = seconds(lambda: train(gpt, lambda step: (*words, step), 4, 1e-9, precision(device)), device) / 4
     # 6 operations a weight and token, 12 a layer, head width and slot (Kaplan et al. 2020), as if nothing were sampled
@@ -1072,7 +1089,8 @@ def bench(config, parts, gpt, evolved):
 def prepare(config, action):
     """(folder, encoding, parts, sizes of the GPT, what earlier runs left: {name: state or None}). Writes nothing, and looks at
     all that can be refused, the quickest first: raises ValueError, with a line for the user."""
-    out, sources = pathlib.Path(config.out), [pathlib.Path(f) for f in (config.eval, config.base) if f] or [pathlib.Path(config.out)]
+    out, sources = pathlib.Path(config.out), [pathlib.Path(f) for f in (config.eval, config.base) if f]
+    sources = sources or [out]                                             # where GPT and tokeniser are
     made, path = out / "config.json", next((f / "gpt.pt" for f in sources if (f / "gpt.pt").exists()), sources[-1] / "gpt.pt")
     if made.exists():
         old, new = json.loads(made.read_text()), json.loads(json.dumps(vars(config)))
