@@ -675,16 +675,18 @@ def save(path, content):
     os.replace(temporary, path)
 
 
-def load(path, device="cpu"):
-    """What torch.save wrote to `path`, or None if there is no such file. A file from a stranger runs no code. Raises
-    ValueError, with a line for the user, for one that is damaged."""
+def load(path, names, device="cpu"):
+    """What `keep` wrote to `path`, a dict with these names; None if there is no such file. A file from a stranger runs no code.
+    Raises ValueError, with a line for the user, for one that is damaged, foreign or older."""
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        state, why = torch.load(path, map_location=device, weights_only=True), "of another version"
+        if names <= set(state):
+            return state
     except Exception as error:                                             # torch.load raises many kinds
-        raise ValueError(f"{path}: damaged, or not a file of this program ({type(error).__name__}); delete it, and what it "
-                         f"held is computed again") from None
+        why = f"damaged, or not a file of this program ({type(error).__name__})"
+    raise ValueError(f"{path}: {why}; delete it, and what it held is computed again")
 
 
 def spread(values, digits=2):
@@ -1102,8 +1104,10 @@ def prepare(config, action):
         raise ValueError(f"{out} holds a gpt.pt but no config.json: it is not a run of this version; give another --out")
     if (config.base or config.eval) and not path.exists():
         raise ValueError(f"--{'base' if config.base else 'eval'} {path.parent}: the folder has no gpt.pt")
-    found = {"gpt": load(path, config.device), "training": load(out / "training.pt", config.device),
-             "evolution": load(out / "evolution.pt"), "namm": load(sources[0] / "namm.pt", config.device)}
+    found = {"gpt": load(path, {"config", "model"}, config.device),
+             "training": load(out / "training.pt", {"step", "model", "optimizers"}, config.device),
+             "evolution": load(out / "evolution.pt", {"next", "es", "history"}),
+             "namm": load(sources[0] / "namm.pt", {"params", "mean", "std", "cost"}, config.device)}
     if (config.eval or action in data.TASKS) and not found["namm"]:
         raise ValueError(f"{sources[0]}: the run is not finished (no namm.pt); python evolve.py --resume {sources[0]} goes on")
     if world()[1] > config.batch_tokens // config.length:

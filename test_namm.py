@@ -969,6 +969,7 @@ def test_table_by_hand():
 @pytest.mark.parametrize("arguments, says", [
     (["--lr", "nan"], "lr"), (["--sigma", "inf"], "sigma"), (["--threshold", "nan"], "threshold"), (["--rows", "0"], "rows"),
     (["--eval", "{dir}/missing"], "holds no run"), (["--show", "{dir}/missing"], "holds no run"), (["--show", "{dir}/begun"], "not finished"),
+    (["--base", "{dir}/foreign"], "of another version"), (["--base", "{dir}/damaged"], "damaged"),
     (["--task", "riddle"], "task"), (["--delay", "4096"], "nothing would ever be evicted"), (["--batch_tokens", "10"], "batch_tokens"),
     (["--corpus", "{dir}/missing"], "no such file"), (["--corpus", "{dir}/empty.txt"], "empty"),
     (["--corpus", "{dir}/binary.txt"], "not"), (["--corpus", "{dir}/short.txt"], "too short"),
@@ -988,6 +989,10 @@ def test_bad_input_ends_in_a_line_and_leaves_nothing(tmp_path, monkeypatch, caps
     (tmp_path / "nothing").mkdir()
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.json").write_text(json.dumps({"length": 64, "report_at": [1]}))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "damaged").mkdir()
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign" / "gpt.pt")
+    (tmp_path / "damaged" / "gpt.pt").write_bytes(b"PK torn")
     monkeypatch.setattr(sys, "argv", ["evolve.py", "--preset", "smoke", "--device", "cpu", "--out", str(tmp_path / "out"),
                                       *[a.format(dir=tmp_path) for a in arguments]])
     with pytest.raises(SystemExit) as stop:                                # what a shell sees as the exit code
