@@ -8,6 +8,7 @@ import math
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -865,18 +866,19 @@ def test_watch_tells_who_stays_and_by_what_score(parts):
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, corpus):
-    """SIGKILL at three moments, then the same command again: the GPT and the vector of a run never stopped. Catches: random
-    state that is lost, a file half written, a generation counted twice."""
+    """SIGKILL at two moments and Ctrl-C, which says how to go on, at a third, then the same command again: the GPT and the
+    vector of a run never stopped. Catches: random state that is lost, a file half written, a generation counted twice."""
     settings = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--steps", "250", "--generations", "12", "--report_at",
                 "1", "--methods", "namm,full"]
     assert run(*settings, "--out", tmp_path / "whole").returncode == 0
     command = [sys.executable, "evolve.py", *map(str, settings), "--out", str(tmp_path / "killed")]
     for file in ("training.pt", "gpt.pt", "evolution.pt"):                 # as soon as the run has got so far
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while not (tmp_path / "killed" / file).exists() and process.poll() is None:
             time.sleep(0.01)
-        process.kill()
-        assert process.wait() != 0
+        process.send_signal(signal.SIGINT if file == "gpt.pt" else signal.SIGKILL)
+        said = process.communicate()[1]
+        assert process.returncode != 0 and (f"--resume {tmp_path / 'killed'}" in said) == (file == "gpt.pt")
     done = run("--resume", tmp_path / "killed")
     assert done.returncode == 0, done.stderr
     assert "from step" in (tmp_path / "killed" / "log.txt").read_text()
