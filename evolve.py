@@ -957,42 +957,46 @@ paint();
 """
 
 
+def picture_seen(shown):
+    """What NAMM sees of two tokens, of the highest score that stays and of the lowest that goes, in the last head of an `example`:
+    the root of the spectrum, bins 0 to 16 down, one column for each block."""
+    score, lives, seen = (shown[name][-1] for name in ("score", "lives", "seen"))
+    order = sorted((i for i, x in enumerate(score) if math.isfinite(x)), key=lambda i: score[i])
+    stays, goes = [i for i in order if lives[i]][-1:], [i for i in order if not lives[i]][:1]
+    body, top = [], max([x for i in stays + goes for frame in seen for x in frame[i]], default=0) or 1
+    for left, what, i in [(10, "stays", i) for i in stays] + [(380, "goes", i) for i in goes]:
+        body.append(f'<text x="{left}" y="14">{what}: {html.escape(repr(shown["text"][i]))}, token {i}</text>')
+        body += cells(left, 24, [[(frame[i][f] / top) ** 0.5 for frame in seen] for f in range(namm.F)], 330 / len(seen), 9, texts=False)
+    return svg(740, 180, body)
+
+
 def page(result, shown):
     """report.html: pictures, text and tables of one run in one file that needs nothing else. shown: an `example`."""
-    rows, cost = result["report"], result["evolution"]
-    lengths = sorted({row["length"] for row in rows})
-    over = means(rows)
-    full = {n: over("full", n).mean() for n in lengths}
-    kept = {(row["layer"], row["head"]): row["kept"] for row in result["anatomy"] if row["kind"] == "all"}
-    layers = [[kept.get((layer, head)) for head in range(result["config"]["n_kv_head"])]
-              for layer in range(result["config"]["n_layer"])]
-    last, judged = -1, [i for i, score in enumerate(shown["score"][-1]) if math.isfinite(score)]
-    by_score = sorted(judged, key=lambda i: shown["score"][last][i])
-    chosen = {"kept": next((i for i in reversed(by_score) if shown["lives"][last][i]), 0),
-              "dropped": next((i for i in by_score if not shown["lives"][last][i]), 0)}
-    heat, top = [], max(max(frame[i]) for frame in shown["seen"][last] for i in chosen.values()) or 1
-    for panel, (what, i) in enumerate(chosen.items()):
-        heat += cells(10 + 360 * panel, 24, [[(frame[i][f] / top) ** 0.5 for frame in shown["seen"][last]] for f in range(namm.F)],
-                      330 / len(shown["seen"][last]), 9, texts=False)
-        heat.append(f'<text x="{10 + 360 * panel}" y="14">{what}: {html.escape(repr(shown["text"][i]))}, token {i}</text>')
+    rows, cost, over = result["report"], result["evolution"], means(result["report"])
+    kept = {}
+    for row in result["anatomy"]:
+        if row["kind"] == "all":
+            kept.setdefault(row["layer"], []).append(row["kept"])
     rounded = lambda x: [rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.3g}") if math.isfinite(x) else None
-    texts, numbers = (dict(zip(names, map(shown.get, names))) for names in (("text", "heads"), ("lives", "score", "spectrum")))
+    block = {name: shown[name] for name in ("text", "heads")}
+    block = json.dumps(block | {name: rounded(shown[name]) for name in ("lives", "score", "spectrum")})
     asked = "\n".join(f"{own['question']!r} {own['answer']!r}: full cache {own['full']!r}, NAMM {own['namm']!r}"
                       for own in shown["asked"])
-    block = json.dumps(texts | {name: rounded(x) for name, x in numbers.items()}).replace("</", "<\\/")                        # nothing in the text can end the script
+    settings = json.dumps({key: result[key] for key in ("config", "versions", "seconds")}, indent=1)
     parts = {
         "The table": html_table(claims(rows) + table(rows)),
         "Evolution, generation by generation": picture_evolution(cost["history"], cost["fitness of the full cache"]),
-        "Score against slots in a head": picture_curve(result["curve"], full),
+        "Score against slots in a head":
+            picture_curve(result["curve"], {n: over("full", n).mean() for n in {row["length"] for row in rows}}),
         "The needle, by depth and length": picture_needle(rows),
-        f"The text itself, {shown['task']}: the darker, the more heads kept it": f'<select id="head"></select><div id="text"></div>'
-        f'<div id="token">Point at a token, or touch it.</div><pre>{html.escape(asked)}</pre>',
-        "Share of the tokens kept, layer (down) by head": svg(300, 30 + 22 * len(layers), cells(10, 10, layers)),
-        "What NAMM sees of a token that stays and of one that goes, last layer: its spectrum (bins 0 to 16, down), block by block":
-            svg(740, 180, heat),
-        "Settings": f"<pre>{html.escape(json.dumps({key: result[key] for key in ('config', 'versions', 'seconds')}, indent=1))}</pre>"}
-    return (PAGE + "<h1>NAMM: what a run gave</h1>" + "".join(f"<h2>{html.escape(title)}</h2>{part}" for title, part in parts.items())
-            + f"<script>const shown = {block};{SCRIPT}</script></body></html>")
+        f"The text itself, {shown['task']}: the darker, the more heads kept it": '<select id="head"></select><div id="text"></div>'
+            f'<div id="token">Point at a token, or touch it.</div><pre>{html.escape(asked)}</pre>',
+        "Share of the tokens kept, layer (down) by head": svg(300, 20 + 22 * len(kept), cells(10, 10, kept.values())),
+        "What NAMM sees of a token that stays and of one that goes, block by block": picture_seen(shown),
+        "Settings": f"<pre>{html.escape(settings)}</pre>"}
+    body = "".join(f"<h2>{html.escape(title)}</h2>{part}" for title, part in parts.items())
+    block = block.replace("</", "<\\/")                                     # nothing in the text can end the script
+    return f"{PAGE}<h1>NAMM: what a run gave</h1>{body}<script>const shown = {block};{SCRIPT}</script></body></html>"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
