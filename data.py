@@ -166,21 +166,24 @@ class Part:
         return rng.choice(self.values, count, replace=False).tolist()
 
 
-def make_parts(texts, encoding, longest):
-    """{part: Part} from split(texts).
+def make_parts(texts, encoding, longest, learned_from=None):
+    """{part: Part} from split(texts). learned_from: the texts that a GPT was trained on, where these are others: the words are
+    dealt by those, so that its answers are words that it has learned to answer with.
 
     Words are the tokens that read " word"; the 64 most frequent are left out, since a key should be rare. They are dealt
     to the parts, and some to all as answers. The keys to train on are all other tokens, whatever they read: a small GPT
     that sees few different keys learns those keys, and not how to look one up. Raises ValueError when a part is too
     short for prompts of `longest` tokens, or when there are too few words.
     """
-    streams = {name: np.array([token for row in encoding.encode_ordinary_batch([text + "\n" for text in part])
-                               for token in row], dtype=np.int32) for name, part in texts.items()}
+    stream_of = lambda part: np.array([token for row in encoding.encode_ordinary_batch([text + "\n" for text in part])
+                                       for token in row], dtype=np.int32)
+    streams = {name: stream_of(part) for name, part in texts.items()}
     for name, stream in streams.items():
         if len(stream) < 2 * longest:
             raise ValueError(f"the corpus is too short: its part to {name} has {len(stream)} tokens, and prompts of "
                              f"{longest} tokens need {2 * longest}; give more text, or shorter prompts")
-    frequency = np.bincount(streams["train"], minlength=encoding.n_vocab)
+    learned = streams["train"] if learned_from is None else stream_of(learned_from)
+    frequency = np.bincount(learned, minlength=encoding.n_vocab)
     spelled = {token: encoding.decode_single_token_bytes(token) for token in np.flatnonzero(frequency)}
     words = sorted((t for t, b in spelled.items() if re.fullmatch(rb" [A-Za-z]{3,}", b)), key=lambda t: -frequency[t])
     words = np.random.default_rng(0).permutation(words[64:2064])           # shuffled, then dealt to the parts
@@ -190,6 +193,9 @@ def make_parts(texts, encoding, longest):
     words = dict(zip(WORDS, words))
     dealt = set(np.concatenate([words[name] for name in WORDS]))
     words["train"] = np.array([t for t, b in spelled.items() if t not in dealt and b.strip(b" \n0123456789")])
+    if learned_from is not None:                                           # tokens that only the new texts have
+        new = set(np.concatenate(list(streams.values())).tolist()) - set(spelled)
+        spelled |= {token: encoding.decode_single_token_bytes(token) for token in new}
     ends_line = np.array([spelled.get(token, b"").endswith(b"\n") for token in range(encoding.n_vocab)])
     blank = np.array([not spelled.get(token, b"").strip() for token in range(encoding.n_vocab)])
     return {name: Part(stream, words[name], words["values"], ends_line, blank, encoding.encode_ordinary, encoding.decode)
@@ -235,7 +241,8 @@ def needle(part, rng, n, room):
 def multikey(part, rng, n, room):
     """Eight notes scattered in real text, any of which may be asked for: RULER's niah_multikey.
     Context: `... note header optional ... note linear kinds ...` question: `note linear` answer: ` kinds`."""
-    note, end, total = part.encode("note"), part.encode("\n"), facts(n, 5)
+    note, end = part.encode("note"), part.encode("\n")
+    total = facts(n, len(note) + 3)
     pairs = list(zip(part.pick(rng, total), part.answers(rng, total)))
     context = weave(part, rng, [note + [key, value] + end for key, value in pairs], n)
     return context, [(end + note + [key], [value]) for key, value in rng.permutation(pairs)]
@@ -244,7 +251,8 @@ def multikey(part, rng, n, room):
 def kv(part, rng, n, room):
     """A dictionary of sixteen pairs in one place: InfiniteBench's kv_retrieval.
     Context: `... { header: optional, linear: kinds, ...}` question: `, linear:` answer: ` kinds`."""
-    colon, comma, total = part.encode(":"), part.encode(","), facts(n, 6, 16)
+    colon, comma = part.encode(":"), part.encode(",")
+    total = facts(n, len(colon) + len(comma) + 4, 16)
     pairs = list(zip(part.pick(rng, total), part.answers(rng, total)))
     line = sum(([key] + colon + [value] + comma for key, value in pairs), part.encode("{"))
     context = weave(part, rng, [line + part.encode("}\n")], n)
@@ -254,9 +262,11 @@ def kv(part, rng, n, room):
 def passage(part, rng, n, room):
     """Named passages of real text and the last words of one: which is it? LongBench's passage_retrieval.
     Context: `...is run in a loop[ header] ...` question: `is run in a loop[` answer: ` header`."""
-    total, opening, closing = facts(n, 12), part.encode("["), part.encode("]")
+    opening, closing = part.encode("["), part.encode("]")
+    marks = len(opening) + len(closing) + 1                                # and the name
+    total = facts(n, marks + 9)
     names = part.answers(rng, total)
-    text = part.text(rng, n - 3 * total)
+    text = part.text(rng, n - marks * total)
     plain = np.flatnonzero(~part.blank[text]) + 1                          # a passage ends in a word or a mark
     ends = (np.arange(total) + rng.uniform(0.3, 0.9, total)) * len(text) / total
     ends = plain[np.searchsorted(plain, ends.astype(int)).clip(max=len(plain) - 1)]
@@ -270,7 +280,8 @@ def count(part, rng, n, room):
     """Votes scattered in real text, one word with most of them: RULER's common words.
     Context: `... vote header ... vote optional ... vote header ...` question: `most vote` answer: ` header`."""
     vote, end = part.encode("vote"), part.encode("\n")
-    winner, *others = part.answers(rng, 1 + facts(n, 8, 4))
+    line = len(vote) + 2
+    winner, *others = part.answers(rng, 1 + facts(n - line, 2 * line, 4))
     cast = rng.permutation([winner] * (len(others) + 1) + others)
     context = weave(part, rng, [vote + [word] + end for word in cast], n)
     return context, [(part.encode("\nmost vote"), [winner])]
@@ -279,7 +290,8 @@ def count(part, rng, n, room):
 def trace(part, rng, n, room):
     """Variables set to words, then others set to those variables; the value of any, one hop away or two: RULER's variable
     tracking. Context: `... let header = optional ... let linear = header ...` question: `value linear =` answer: ` optional`."""
-    let, equals, end, total = part.encode("let"), part.encode(" ="), part.encode("\n"), facts(n, 12, 4)
+    let, equals, end = part.encode("let"), part.encode(" ="), part.encode("\n")
+    total = facts(n, 2 * (len(let) + len(equals) + 3), 4)
     words, values = part.pick(rng, 2 * total), part.answers(rng, total)
     first, second = words[:total], words[total:]
     lines = [let + [a] + equals + [b] + end for a, b in list(zip(first, values)) + list(zip(second, first))]
@@ -291,7 +303,7 @@ def copy(part, rng, n, room):
     """Marked lines of real text, one to be repeated: RULER's and NIAH's control.
     Context: `... line header> in order to ...` question: `line header>` answer: ` in order to`."""
     line, mark, end = part.encode("line"), part.encode(">"), part.encode("\n")
-    asks = [line + [key] + mark for key in part.pick(rng, facts(n, 8, 4))]
+    asks = [line + [key] + mark for key in part.pick(rng, facts(n, len(line) + len(mark) + 6, 4))]
     values = [[token for token in part.text(rng, 64) if not part.blank[token]][:3] for _ in asks]
     context = weave(part, rng, [ask + value + end for ask, value in zip(asks, values)], n)
     return context, [(end + asks[i], values[i]) for i in rng.permutation(len(asks))]

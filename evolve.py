@@ -1121,7 +1121,9 @@ def prepare(config, action):
         print("reading the text", flush=True)                              # which takes a few seconds
     texts = data.split(data.documents(config.corpus or None))
     encoding = data.tokenizer(config.tokenizer, config.vocab_size, sources[0] / "tokenizer.tiktoken", texts["train"])
-    parts = data.make_parts(texts, encoding, config.length * max(*config.evolve_at, *config.report_at))
+    learned = json.loads((sources[0] / "config.json").read_text())["corpus"] if config.eval else config.corpus
+    parts = data.make_parts(texts, encoding, config.length * max(*config.evolve_at, *config.report_at),
+                            None if learned == config.corpus else data.split(data.documents(learned or None))["train"])
     names = [f.name for f in dataclasses.fields(GPTConfig)]
     sizes = {name: value for name, value in vars(config).items() if name in names} | {"vocab_size": encoding.n_vocab}
     return out, encoding, parts, sizes, found
