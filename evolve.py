@@ -828,8 +828,9 @@ def picture_evolution(history, full):
 
 
 def summary(paths):
-    """Markdown from the results.json of several runs. The first run and those that differ from it only in seed and base are
-    one group: tables of means over seeds. All other runs are grouped by what they changed, one line a group."""
+    """Print Markdown from the results.json of several runs, and draw pictures beside the first: curve, needle, evolution. The
+    first run and those that differ from it only in seed and base are one group: tables of means over seeds. All other runs are
+    grouped by what they changed, one line a group."""
     runs = [json.loads(pathlib.Path(path).read_text()) for path in paths]
     if not runs or not all(isinstance(run, dict) and "report" in run for run in runs):
         raise ValueError("--summary: give it the results.json of one run or more")
@@ -880,7 +881,9 @@ def summary(paths):
         text.append(f"* seed {run['config']['seed']}: {json.dumps(cost)}")
     print("\n".join(text))
     full = {n: over("full", n).mean() for n in lengths if len(over("full", n))}
-    for name, picture in {"curve": picture_curve(rows("curve"), full), "needle": picture_needle(rows("report"))}.items():
+    pictures = {"curve": picture_curve(rows("curve"), full), "needle": picture_needle(rows("report")),
+                "evolution": picture_evolution(runs[0]["evolution"]["history"], runs[0]["evolution"]["fitness of the full cache"])}
+    for name, picture in pictures.items():
         save(pathlib.Path(paths[0]).parent / f"{name}.svg", picture)
 
 
