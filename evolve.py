@@ -124,7 +124,7 @@ def parse(argv=None):
                                      usage="python evolve.py [--preset cpu|gpu|smoke] [--OPTION VALUE ...]",
                                      epilog="python evolve.py --summary RUN/results.json ... prints the tables of runs",
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, help="smoke takes a minute; if not given, gpu where there is one")
+    parser.add_argument("--preset", choices=PRESETS, help="smoke takes half a minute; if not given, gpu where there is one")
     for f in dataclasses.fields(Config):
         shown = ",".join(map(str, f.default)) if f.type is tuple else f.default
         parser.add_argument("--" + f.name, type=numbers if f.type is tuple else f.type,
@@ -1114,7 +1114,7 @@ def prepare(config, action):
     found = {"gpt": load(path, {"config", "model"}, config.device),
              "training": load(out / "training.pt", {"step", "model", "optimizers"}, config.device),
              "evolution": load(out / "evolution.pt", {"next", "es", "history"}),
-             "namm": load(sources[0] / "namm.pt", {"params", "mean", "std", "cost"}, config.device)}
+             "namm": load((out if action in data.TASKS else sources[0]) / "namm.pt", {"params", "mean", "std", "cost"}, config.device)}
     if (config.eval or action in data.TASKS) and not found["namm"]:
         raise ValueError(f"{sources[0]}: the run is not finished (no namm.pt); python evolve.py --resume {sources[0]} goes on")
     if world()[1] > config.batch_tokens // config.length:
