@@ -31,8 +31,8 @@ import torch
 from tqdm import tqdm
 
 import data
-import namm
 import model
+import namm
 from model import GPT, GPTConfig, read, summed, train, world
 
 
@@ -135,7 +135,7 @@ def parse(argv=None):
     parser.add_argument("--bench", action="store_true", help="print how fast it is here, with the GPT of --base, if given")
     given = vars(parser.parse_args(argv))
     task, action = given.pop("task"), "bench" if given.pop("bench", False) else "run"
-    for option in {"resume", "eval", "show"} & set(given):
+    for option in [name for name in ("resume", "eval", "show") if name in given]:
         made = pathlib.Path(given[option]) / "config.json"
         if not made.exists():
             raise ValueError(f"--{option} {made.parent}: the folder holds no run (no config.json)")
@@ -725,7 +725,8 @@ def table(rows):
             own = [row for row in rows if (row["method"], row["length"]) == (method, n)]
             text.append(f"| {method} | " + " | ".join(f"{over(method, n, (task,)).mean():.2f}" for task in data.TASKS)
                         + f" | {spread(over(method, n, data.EVOLVED))} | {spread(over(method, n, OTHERS))} | "
-                        f"{spread(over(method, n), 3)} | {spread(ratio(over(method, n), over('full', n)))} | {over(method, n, key='cache').mean():.2f} | "
+                        f"{spread(over(method, n), 3)} | {spread(ratio(over(method, n), over('full', n)))} | "
+                        f"{over(method, n, key='cache').mean():.2f} | "
                         + ("" if method == "namm" else "{:+.3f} ± {:.3f}".format(*lead(own))) + " |")
     return "\n".join(text) + "\n"
 
@@ -786,13 +787,14 @@ def cells(left, top, numbers, width=28, height=22, texts=True):
             for r, row in enumerate(numbers) for c, x in enumerate(row) if x is not None]
 
 
-def picture_curve(rows, full):
-    """Score against slots, one panel a length: rows of `curve`; full {length: score}, a dashed line."""
-    body, slots = [], sorted({row["slots"] for row in rows})
+def picture_curve(rows, report):
+    """Score against slots, one panel a length: rows of `curve`; of `report` the full cache's score, a dashed line."""
+    body, slots, over = [], sorted({row["slots"] for row in rows}), means(report)
     for panel, length in enumerate(sorted({row["length"] for row in rows})):
         score = lambda method, n: np.mean([row["score"] for row in rows if (row["method"], row["length"], row["slots"]) ==
                                            (method, length, n)])
-        lines = [(color, [(n, full[length] if method == "full" else score(method, n)) for n in slots], 4 * (method == "full"))
+        full = over("full", length).mean()
+        lines = [(color, [(n, full if method == "full" else score(method, n)) for n in slots], 4 * (method == "full"))
                  for method, color in COLORS.items()]
         body += plot(240 * panel, f"{length} tokens", lines, slots, (0, 0.25, 0.5, 0.75, 1), log=True)
     return svg(740, 255, body + legend(COLORS))
@@ -812,9 +814,10 @@ def picture_needle(rows):
     return svg(60 + len(FAR) * (20 + 28 * len(lengths)), 160, body)
 
 
-def picture_evolution(history, full):
-    """Fitness, share of the cache kept and sigma, generation by generation: history as `evolve` writes it; full: the fitness of
-    the full cache, a dashed line."""
+def picture_evolution(cost):
+    """Fitness, share of the cache kept and sigma, generation by generation, of what `evolve` says that it cost; the fitness of
+    the full cache is a dashed line."""
+    history, full = cost["history"], cost["fitness of the full cache"]
     last = max(1, history[-1]["generation"])
     line = lambda key: [(point["generation"], point[key]) for point in history if key in point]
     top = max([full, *(y for key in ("best", "mean") for _, y in line(key))])
@@ -880,9 +883,8 @@ def summary(paths):
         cost = {key: value for key, value in run["evolution"].items() if key != "history"}
         text.append(f"* seed {run['config']['seed']}: {json.dumps(cost)}")
     print("\n".join(text))
-    full = {n: over("full", n).mean() for n in lengths if len(over("full", n))}
-    pictures = {"curve": picture_curve(rows("curve"), full), "needle": picture_needle(rows("report")),
-                "evolution": picture_evolution(runs[0]["evolution"]["history"], runs[0]["evolution"]["fitness of the full cache"])}
+    pictures = {"curve": picture_curve(rows("curve"), rows("report")), "needle": picture_needle(rows("report")),
+                "evolution": picture_evolution(runs[0]["evolution"])}
     for name, picture in pictures.items():
         save(pathlib.Path(paths[0]).parent / f"{name}.svg", picture)
 
@@ -910,6 +912,12 @@ def example(gpt, params, statistics, part, config, task="needle"):
                 seen=[torch.stack(fate[layer]["seen"])[:, head].tolist() for layer, head in heads])
 
 
+def questions(shown):
+    """The questions of an `example` as text, a line each: question, answer, and what the GPT says with either cache."""
+    return "\n".join(f"{own['question']!r:30} {own['answer']!r:20} full {own['full']!r:20} NAMM {own['namm']!r}"
+                     for own in shown["asked"])
+
+
 def show(shown):
     """Print an example: what is left of its context in each head (`~` for what went), its questions and answers."""
     print(f"{shown['task']}, {shown['length']} tokens\n\n" + "".join(shown["text"]))
@@ -917,8 +925,7 @@ def show(shown):
         left = "".join(token if stays else "\0" for token, stays in zip(shown["text"], lives))
         print(f"\n--- what is left in {name}: {np.mean(lives):.0%}\n" + re.sub("\0+", "~", left))
     print("\n--- the questions, and what the GPT answers from the full cache and from what NAMM left of it")
-    for own in shown["asked"]:
-        print(f"{own['question']!r:30} {own['answer']!r:20} full {own['full']!r:20} NAMM {own['namm']!r}")
+    print(questions(shown))
 
 
 def html_table(markdown):
@@ -975,25 +982,21 @@ def picture_seen(shown):
 
 def page(result, shown):
     """report.html: pictures, text and tables of one run in one file that needs nothing else. shown: an `example`."""
-    rows, cost, over = result["report"], result["evolution"], means(result["report"])
-    kept = {}
+    rows, kept = result["report"], {}
     for row in result["anatomy"]:
         if row["kind"] == "all":
             kept.setdefault(row["layer"], []).append(row["kept"])
     rounded = lambda x: [rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.3g}") if math.isfinite(x) else None
     block = {name: shown[name] for name in ("text", "heads")}
     block = json.dumps(block | {name: rounded(shown[name]) for name in ("lives", "score", "spectrum")})
-    asked = "\n".join(f"{own['question']!r} {own['answer']!r}: full cache {own['full']!r}, NAMM {own['namm']!r}"
-                      for own in shown["asked"])
     settings = json.dumps({key: result[key] for key in ("config", "versions", "seconds")}, indent=1)
     parts = {
         "The table": html_table(claims(rows) + table(rows)),
-        "Evolution, generation by generation": picture_evolution(cost["history"], cost["fitness of the full cache"]),
-        "Score against slots in a head":
-            picture_curve(result["curve"], {n: over("full", n).mean() for n in {row["length"] for row in rows}}),
+        "Evolution, generation by generation": picture_evolution(result["evolution"]),
+        "Score against slots in a head": picture_curve(result["curve"], rows),
         "The needle, by depth and length": picture_needle(rows),
         f"The text itself, {shown['task']}: the darker, the more heads kept it": '<select id="head"></select><div id="text"></div>'
-            f'<div id="token">Point at a token, or touch it.</div><pre>{html.escape(asked)}</pre>',
+            f'<div id="token">Point at a token, or touch it.</div><pre>{html.escape(questions(shown))}</pre>',
         "Share of the tokens kept, layer (down) by head": svg(300, 20 + 22 * len(kept), cells(10, 10, kept.values())),
         "What NAMM sees of a token that stays and of one that goes, block by block": picture_seen(shown),
         "Settings": f"<pre>{html.escape(settings)}</pre>"}
@@ -1041,7 +1044,7 @@ def bench(config, parts, gpt, evolved):
         noise = np.random.default_rng(config.seed).standard_normal(len(namm.scale(config.scorer)))
         evolved = {"params": torch.from_numpy(noise).float(), "mean": mean, "std": std}
     params, *statistics = evolved["params"].to(device), evolved["mean"].to(device), evolved["std"].to(device)
-    look = lambda layer, cache, received: None
+    look, piece = lambda layer, cache, received: None, model.PIECE
     kinds = {"full cache, fused": (None, False), "full cache, eager": (look, True), "eager, in pieces": (look, True),
              "NAMM, nothing evicted": (manager(torch.zeros_like(params[None]), statistics, config, capacity=0), True),
              "NAMM": (manager(params[None], statistics, config), True)}
@@ -1052,7 +1055,7 @@ def bench(config, parts, gpt, evolved):
                                           for i in range(rows)])).long().to(device)
         taken, slots = {kind: [] for kind in kinds}, {}
         for again, (kind, (manage, weights)) in itertools.product(range(4), kinds.items()):        # in turn: one noise for all
-            model.PIECE, slots[kind] = delay if kind == "full cache, eager" else 64, 0             # eager as usual: one matrix
+            model.PIECE, slots[kind] = delay if kind == "full cache, eager" else piece, 0          # eager as usual: one matrix
 
             def watched(layer, cache, received):
                 slots[kind] = max(slots[kind], cache.keys.shape[2])        # before the eviction: survivors and a block
@@ -1065,8 +1068,8 @@ def bench(config, parts, gpt, evolved):
                     read(gpt, text, cache, delay, watched, weights)
 
             taken[kind].append(seconds(whole, device, 0))
-        cells = [f"{text.numel() / np.median(taken[kind][1:]):,.0f}" for kind in kinds]            # the first warms up
-        print(f"| {text.shape[1]} | {' | '.join(cells)} | {slots['full cache, fused']} | {slots['NAMM']} |", flush=True)
+        speeds = [f"{text.numel() / np.median(taken[kind][1:]):,.0f}" for kind in kinds]           # the first warms up
+        print(f"| {text.shape[1]} | {' | '.join(speeds)} | {slots['full cache, fused']} | {slots['NAMM']} |", flush=True)
     print("\nshares of the time with NAMM, at the longest:", shares(whole, device))
 
     batch = prompts(parts["evolve"], "multikey", 1, np.random.default_rng(0), 4 * config.length, device)
@@ -1110,12 +1113,13 @@ def prepare(config, action):
         raise ValueError(f"{out} holds a gpt.pt but no config.json: it is not a run of this version; give another --out")
     if (config.base or config.eval) and not path.exists():
         raise ValueError(f"--{'base' if config.base else 'eval'} {path.parent}: the folder has no gpt.pt")
+    own = out if action in data.TASKS else sources[0]                      # where the vector is
     found = {"gpt": load(path, {"config", "model"}, config.device),
              "training": load(out / "training.pt", {"step", "model", "optimizers"}, config.device),
              "evolution": load(out / "evolution.pt", {"next", "es", "history"}),
-             "namm": load((out if action in data.TASKS else sources[0]) / "namm.pt", {"params", "mean", "std", "cost"}, config.device)}
+             "namm": load(own / "namm.pt", {"params", "mean", "std", "cost"}, config.device)}
     if (config.eval or action in data.TASKS) and not found["namm"]:
-        raise ValueError(f"{sources[0]}: the run is not finished (no namm.pt); python evolve.py --resume {sources[0]} goes on")
+        raise ValueError(f"{own}: the run is not finished (no namm.pt); python evolve.py --resume {own} goes on")
     if world()[1] > config.batch_tokens // config.length:
         raise ValueError(f"{world()[1]} processes, but a training step has {config.batch_tokens // config.length} rows to share; "
                          "start fewer, or give more --batch_tokens")

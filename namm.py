@@ -187,13 +187,14 @@ def keep_best(scores, budget):
 # 6. The manager
 
 def spectra(cache, attention, sees):
-    """Steps 1 and 2 for one layer: what each slot received in this block, added to what the cache remembers of it."""
+    """Steps 1 and 2 for one layer: what each slot received in this block, attention (B,K,T,S), added to what the cache
+    remembers of it. -> moving averages (B,K,S,F)."""
     B, K, T, S = attention.shape
     attention = attention.float()
     if "spectrum" not in cache.state:
         cache.state = {"tail": attention.new_zeros(B, K, S, HOP), "spectrum": attention.new_zeros(B, K, S, F)}
     transform = {"values": values, "moments": moments}.get(sees, spectrogram)
-    tail, average = cache.state["tail"], cache.state["spectrum"]
+    tail, average = cache.state["tail"], cache.state["spectrum"]           # (B,K,S,HOP), (B,K,S,F)
     average = average.transpose(2, 3).contiguous().transpose(2, 3)         # slots last in memory, as in the attention
     for start in range(0, T, HOP):                                         # frame by frame: it fits the cache of a CPU
         piece, seen = attention[:, :, start:start + HOP], S - T + start + HOP
