@@ -179,7 +179,8 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.n_head * D, config.n_embd, bias=False)
         if config.smear:                                                   # taps[j] of a head weighs what is j back
             self.k_taps = nn.Parameter(torch.eye(4)[:1].repeat(self.n_kv_head, 1))           # (K,4), at first x itself
-            self.q_taps = nn.Parameter(torch.eye(4)[:1].repeat(self.n_head, 1))              # (H,4)
+            apart = torch.arange(config.n_head // config.n_kv_head) % 4    # each query head of a group looks for another like
+            self.q_taps = nn.Parameter(torch.eye(4)[apart].repeat(self.n_kv_head, 1))        # (H,4)
         self.smear = config.smear
 
     def forward(self, x, table, cache=None, weights=False):
@@ -245,12 +246,15 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)                                          # every layer starts as the identity
             elif p.dim() == 2 and "taps" not in name:
                 nn.init.normal_(p, std=config.n_embd ** -0.5)
-        for layer in self.layers:                                          # queries start equal to keys: a token looks
-            wq, wk = layer.attention.wq.weight, layer.attention.wk.weight  # for its like from the first step on
-            wq.data = wk.data.view(config.n_kv_head, 1, -1, config.n_embd).expand(
-                -1, config.n_head // config.n_kv_head, -1, -1).reshape(wq.shape).clone()
-        if config.smear:                                                   # in the last layer, for what came before it: there
-            self.layers[-1].attention.k_taps.data = torch.eye(4)[1:2].repeat(config.n_kv_head, 1)    # facts are found
+        if config.smear:
+            # Queries start equal to keys: from the first step on the heads look for the like of a token, or of the one, two or
+            # three before it. Two heads that start alike in all would stay alike: their gradients would be the same.
+            for layer in self.layers:
+                wq, wk = (w.weight.data.view(config.n_kv_head, -1, config.head_dim, config.n_embd)      # (K,g,D,C), (K,1,D,C)
+                          for w in (layer.attention.wq, layer.attention.wk))
+                wq[:, :4] = wk
+            # in the last layer keys start as those of the token before: there facts are found
+            self.layers[-1].attention.k_taps.data = torch.eye(4)[1:2].repeat(config.n_kv_head, 1)
         if config.tied:
             self.output.weight = self.tok_embeddings.weight
 

@@ -216,6 +216,7 @@ def namm(params, mean, std, threshold=0.0, capacity=None, sees="all", scorer="ba
         with torch.autocast(attention.device.type, enabled=False):         # float32 here, whatever the GPT computes in
             with record_function("spectrogram"):                           # the names that `evolve.py --bench` prints
                 x = features(spectra(cache, attention, sees), cache.seen - 1 - cache.positions, mean, std)
+                x[..., N_AGE:].asinh_()                                    # a lone fact draws more than evolution has seen
             if sees in BLIND:
                 x[..., BLIND[sees]] = 0.0
             with record_function("BAM"):

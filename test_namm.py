@@ -342,7 +342,7 @@ def naive_namm(gpt, tokens, delay, p, mean, std, capacity):
                     E = 0.99 ** 16 * E + (1 - 0.99 ** 16) * wave
                 spectra.append((position, series[-16:], E))
                 angle = (cache.seen - 1 - position) * 50000 ** (-torch.arange(4) / 4)
-                rows.append(torch.cat([angle.sin(), angle.cos(), (E - mean) / std]))
+                rows.append(torch.cat([angle.sin(), angle.cos(), ((E - mean) / std).asinh()]))
             scores = naive_bam(torch.stack(rows), p)
             keep = torch.zeros(cache.alive.shape[2], dtype=torch.bool)
             scores = [score.item() for score in scores[:-1]] + [math.inf]  # the newest always stays
@@ -674,6 +674,20 @@ def test_recall_is_asked_of_one_head_alone(parts):
     row = places.nonzero()[:, 0]
     for i in range(8):                                                     # the mean over each prompt's places
         assert got[i].item() == pytest.approx(want[row == i].mean().item() if (row == i).any() else 0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("smear", [True, False])
+def test_query_heads_do_not_stay_equal(parts, smear):
+    """Six query heads on one KV head: after two steps no two of them write the same. Catches: heads that start as copies of one
+    another and get the same gradient forever, so that four heads are one."""
+    torch.manual_seed(0)
+    gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_layer=2, n_head=6, n_embd=32, head_dim=8, n_hidden=32,
+                                    smear=smear))
+    model.train(gpt, lambda step: (*data.training_batch(parts[2]["train"], np.random.default_rng(step), 8, 64, 0.25), step),
+                2, 4e-3, evolve.precision("cpu"))
+    for layer in gpt.layers:
+        writes = F.normalize(layer.attention.wo.weight.detach().unflatten(1, (6, 8)).transpose(0, 1).flatten(1))     # (6,CD)
+        assert (writes @ writes.T - torch.eye(6)).max() < 0.9
 
 
 def test_holes_are_for_all_layers_but_the_last(parts, monkeypatch):
