@@ -426,6 +426,7 @@ def evolve(gpt, parts, config, log, state, keep):
     any_length, every_length = lambda rng: [rng.choice(config.evolve_at)], lambda rng: config.evolve_at
 
     def validate(params):
+        """Fitness (P,) and cache kept, on the prompts to choose by, which are the same each time."""
         return fitness(gpt, params, statistics, best, parts["choose"], data.EVOLVED, every_length, config.choose_prompts,
                        np.random.default_rng([config.seed, 3]), config)
 
@@ -591,9 +592,11 @@ def watch(gpt, params, statistics, batch, config):
     fate = [{"lives": new() == 0, "score": new() / 0, "spectrum": new(namm.F), "seen": []} for _ in gpt.layers]
 
     def watched(layer, cache, received):
+        """The manager, whose call of cache.evict is written down."""
         own, evict = fate[layer], cache.evict
 
         def record(keep):
+            """Note what is known of each slot that is judged, at its position in the text, then evict."""
             row, head, slot = cache.alive.nonzero(as_tuple=True)
             at = row, head, cache.positions[row, head, slot]
             for name, now in {"lives": keep, "score": cache.state["score"], "spectrum": cache.state["spectrum"]}.items():
@@ -1186,6 +1189,7 @@ def run(config, out, parts, sizes, found):
     start = time.time()
 
     def log(line):
+        """Print a line and add it to log.txt; the first process does."""
         if world()[0] == 0:
             tqdm.write(line)
             with open(out / "log.txt", "a") as file:

@@ -325,6 +325,7 @@ def losses(gpt, batch, recall, draw):
              for i in range(c.n_layer // 2, c.n_layer)]
 
     def holes(layer, cache, received):
+        """A manager that forgets at random: a share of its own for each prompt and layer."""
         if layer < c.n_layer - 1:
             keep = draw(c.n_kv_head, n) < draw(1, 1)                       # (N,K,n)
             keep[..., -1] = True
@@ -428,6 +429,7 @@ def read(gpt, tokens, cache, delay, manage=None, weights=False):
     whole block manage(layer, cache, received) may evict, with what all the block's tokens attended to, in however many
     calls they came. If it stacks copies of the rows, all copies read on. Returns the last block's hidden states."""
     def after_block(layer, cache, received):
+        """Collect what the block's queries attended to, (B,K,T,S) a call; at its end, let the manager see all of it."""
         cache.pending.append(received)
         if cache.seen % delay == 0:
             pieces, cache.pending = cache.pending, []

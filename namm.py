@@ -213,6 +213,7 @@ def namm(params, mean, std, threshold=0.0, capacity=None, sees="all", scorer="ba
     leaves with P. The other switches are for ablations: see SEES and SCORERS; without `per_head` all heads of a layer
     drop the same tokens, by the mean of their scores."""
     def manage(layer, cache, attention):
+        """Steps 1 to 5 for one layer's cache and the attention (B,K,T,S) of the block just read."""
         with torch.autocast(attention.device.type, enabled=False):         # float32 here, whatever the GPT computes in
             with record_function("spectrogram"):                           # the names that `evolve.py --bench` prints
                 x = features(spectra(cache, attention, sees), cache.seen - 1 - cache.positions, mean, std)
@@ -238,6 +239,7 @@ def statistics(totals, sees="all"):
     """A manager that evicts nothing and adds up count, sum and sum of squares of the spectra, in `totals` (3,F) float64,
     over rows, heads, slots, layers and runs. See `mean_std`."""
     def manage(layer, cache, attention):
+        """Add one layer's spectra to the totals."""
         with torch.autocast(attention.device.type, enabled=False):
             x = spectra(cache, attention, sees).double().flatten(0, 2) # (B K S, F)
         totals.add_(torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]))
@@ -312,5 +314,6 @@ def baseline(name, budget, seed=0):
     """A manager that keeps `budget` slots in every row, layer and head, by the rule `name` of BASELINES."""
     generator = torch.Generator().manual_seed(seed)
     def manage(layer, cache, attention):
+        """Keep the best by the rule, from the attention (B,K,T,S) of the block just read; None if it looks at none."""
         cache.evict(keep_best(BASELINES[name](cache, attention, budget, generator), budget))
     return manage
