@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -943,24 +944,25 @@ def test_a_full_disk_ends_in_a_line_and_leaves_nothing_half_written(tmp_path, co
     assert {file.name for file in (tmp_path / "run").iterdir()} == {"config.json", "tokenizer.tiktoken", "log.txt"}
 
 
-def test_two_processes_are_the_run_of_one(tmp_path, corpus):
-    """torchrun with two gloo processes against one process: the same candidates and prompts, so the same vector, and a GPT
-    equal but for the order of sums. Catches: a process that draws its own noise, fitness that is not gathered, gradients
-    that are averaged twice."""
+def test_two_processes_are_the_run_of_one(tmp_path, smoke):
+    """torchrun with two gloo processes against one: a GPT that is equal but for the order of sums; for one and the same GPT the
+    same candidates and prompts, hence the same vector. Catches: a process that draws its own noise, fitness that is not
+    gathered, gradients that are averaged twice."""
+    alone, settings = smoke
     one, two = tmp_path / "one", tmp_path / "two"
-    settings = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--report_at", "1", "--methods", "namm,full"]
-    assert run(*settings, "--out", one).returncode == 0
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "evolve.py",
-                           *map(str, settings), "--out", str(two)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    a, b = (torch.load(folder / "gpt.pt", weights_only=True)["model"] for folder in (one, two))
+    settings = [*map(str, settings[:-2]), "--report_at", "1", "--methods", "namm,full"]
+    for folder, launch in {two: ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "evolve.py"],
+                           one: ["evolve.py", "--base", str(two)]}.items():
+        done = subprocess.run([sys.executable, *launch, *settings, "--out", str(folder)], capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    a, b = (torch.load(folder / "gpt.pt", weights_only=True)["model"] for folder in (alone, two))
     assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
     a, b = (torch.load(folder / "namm.pt", weights_only=True)["params"] for folder in (one, two))
     assert torch.equal(a, b)                                               # the order of the candidates was the same
-    lines = [[line.split("|")[1].split() for line in (folder / "log.txt").read_text().splitlines() if "/3 " in line]
-             for folder in (one, two)]
-    for first, second in zip(*lines):
-        assert [float(x.strip("%")) for x in first] == pytest.approx([float(x.strip("%")) for x in second], abs=0.2, rel=0.01)
+    a, b = (json.loads((folder / "results.json").read_text())["evolution"]["history"] for folder in (one, two))
+    for first, second in zip(a, b, strict=True):
+        assert first == pytest.approx(second, rel=1e-5)
 
 
 def test_the_changes_that_readme_shows_work(tmp_path, corpus):
