@@ -73,7 +73,7 @@ class Config:
     recall: float = setting(0.25, "share of places where a head is asked for a word to remember")
     # the cache
     delay: int = setting(64, "tokens between two evictions, a multiple of 16")
-    capacity: int = setting(96, "most slots that NAMM keeps in a head; 0 for any number")
+    capacity: int = setting(64, "most slots that NAMM keeps in a head; 0 for any number")
     threshold: float = setting(0.0, "a token that scores less leaves the cache")
     positions: str = setting("renumbered", "of cached keys: renumbered inside the cache, or original (the paper)")
     # the manager
@@ -84,6 +84,7 @@ class Config:
     generations: int = setting(50, "generations")
     stages: int = setting(1, "1: all tasks from the start; 2 or 3: one more task in each of so many equal stages")
     popsize: int = setting(16, "candidates in a generation")
+    price: float = setting(0.8, "what a cache of --length slots costs in fitness, in which the full cache's best answers are 1")
     sigma: float = setting(0.6, "first step size, in units of one over the root of a weight's inputs")
     covariance: str = setting("diagonal", "diagonal or full")
     prompts: int = setting(4, "fresh prompts for each task in a generation, the same for all candidates")
@@ -104,7 +105,7 @@ PRESETS = {
                   generations=3, popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2, far_prompts=1,
                   report_at=(1, 4, 8)),
     "gpu": dict(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=2, n_embd=512, head_dim=64, n_hidden=1408, length=2048,
-                steps=3000, batch_tokens=131_072, lr=1e-3, delay=256, capacity=768, generations=100, popsize=32, prompts=8,
+                steps=3000, batch_tokens=131_072, lr=1e-3, delay=256, capacity=512, generations=100, popsize=32, prompts=8,
                 choose_prompts=32, report_prompts=64, far_prompts=16, rows=512),
 }
 
@@ -179,6 +180,7 @@ def check(c):
          f"--methods: namm and full, and any of {', '.join(METHODS[2:])}"),
         (0 <= c.recall < 1, "--recall must be 0 or more, and below 1"),
         (c.capacity >= 0, "--capacity must be 0 or more"),
+        (0 <= c.price < math.inf, "--price must be 0 or more"),
         (not math.isnan(c.threshold), "--threshold must be a number"),
         (c.vocab_size > 266, "--vocab_size must be above 266: 256 bytes, ten digits, and what is learned"),
     ]:
@@ -296,11 +298,11 @@ class CMAES:
 def evaluate(gpt, batch, config, manage=None, weights=False):
     """Read the contexts with the cache managed, then ask. Rows B = copies x prompts, if the manager makes copies.
 
-    Returns four (B,), means over a prompt's answers, or over layers and heads:
+    Returns four (B,), means over a prompt's answers, or over heads:
       exact       1 for an answer whose every token is the arg-max: what greedy decoding would write
       likelihood  of an answer's token: exp of the mean log-probability of its tokens
       logprob     that mean itself, natural logarithm
-      cache       share of the context's tokens that is in the cache when the question is asked
+      cache       (B,n_layer), share of the context's tokens that is in the cache when the question is asked
     Out of memory, it goes on with half the rows at once.
     """
     try:
@@ -314,17 +316,18 @@ def evaluate(gpt, batch, config, manage=None, weights=False):
     halves = [dataclasses.replace(batch, tokens=batch.tokens[own], answer=batch.answer[own])
               for own in (slice(0, half), slice(half, None))]
     pairs = zip(*(evaluate(gpt, piece, config, manage, weights) for piece in halves))
-    return [torch.cat([a.view(-1, half), b.view(-1, len(batch.tokens) - half)], dim=1).flatten() for a, b in pairs]
+    return [torch.cat([a.unflatten(0, (-1, half)), b.unflatten(0, (-1, len(batch.tokens) - half))], dim=1).flatten(0, 1)
+            for a, b in pairs]
 
 
 def said(gpt, batch, config, manage, weights):
     """Read the contexts, then the questions with their true answers. B rows, M answer tokens in all: (row (M,), place after the
-    context (M,), logits there (M,V), tokens asked for (M,), share of the cache kept (B,))."""
+    context (M,), logits there (M,V), tokens asked for (M,), share of the cache kept (B,n_layer))."""
     n = batch.context
     with precision(config.device):
         cache = gpt.new_cache(len(batch.tokens), config.positions == "renumbered")
         read(gpt, batch.tokens[:, :n], cache, config.delay if manage else n, manage, weights)    # uncut: in one block
-        kept = torch.stack([layer.kept() for layer in cache]).mean(0)                        # (B,)
+        kept = torch.stack([layer.kept() for layer in cache], dim=1)                         # (B,n_layer)
         tokens, answer = (x[:, n:].repeat(cache[0].copies, 1) for x in (batch.tokens, batch.answer))         # (B,Q)
         row, at = answer.nonzero(as_tuple=True)                                              # (M,)
         hidden = gpt.hidden(tokens[:, :-1], cache)                                           # (B,Q-1,C)
@@ -391,8 +394,9 @@ def yardstick(gpt, part, config):
 def fitness(gpt, params, statistics, best, part, tasks, lengths, count, rng, config):
     """(P,) fitness of params (P,n), or (1,) of the full cache for params None, and the share of the cache kept, mean over
     all. For each task at each of its lengths, on the same `count` prompts for all candidates: mean likelihood of the
-    answers, divided by `best`, the full cache's at the training length; then the mean. The likelihood has no ties, as
-    exact match has; and the paper's divisor, the full cache's score on the same prompts, is near 0 where it is to be beaten.
+    answers, divided by `best`, the full cache's at the training length, less the price of the slots kept; then the mean. The
+    likelihood has no ties, as exact match has; and the paper's divisor, the full cache's score on the same prompts, is near 0
+    where it is to be beaten. The price makes evolution find out where slots are worth most; the full cache pays none.
 
     lengths(rng) draws, for one task, the lengths of its prompts in training lengths. Groups of candidates are dealt to the
     processes of the run in turn; each process gets all the results."""
@@ -406,7 +410,9 @@ def fitness(gpt, params, statistics, best, part, tasks, lengths, count, rng, con
                 if (parts * len(groups) + i) % size == rank:
                     manage = None if params is None else manager(params[group], statistics, config)
                     _, likelihood, _, cache = evaluate(gpt, batch, config, manage, weights=manage is not None)
-                    got = torch.stack([likelihood / best[task], cache]).view(2, -1, count).mean(2)
+                    cache = cache.mean(1)                                  # over layers
+                    price = config.price * cache * batch.context / config.length if manage else 0.0
+                    got = torch.stack([likelihood / best[task] - price, cache]).view(2, -1, count).mean(2)
                     total.index_add_(1, group, got)
             parts += 1
     total = summed(total).cpu() / parts
@@ -417,7 +423,7 @@ def evolve(gpt, parts, config, log, state, keep):
     """Evolve the manager of the cache. Returns its parameters (4172,), the statistics of the features, and what it cost.
     keep(state) is called after each generation; from that state evolution goes on to the same bits.
 
-    Fresh prompts each generation, one more task in each of three stages. The mean of the search distribution is what is
+    Fresh prompts each generation, one more task in each stage. The mean of the search distribution is what is
     kept, since a single candidate's fitness is noisy; of the means, the one with the best fitness on the prompts to
     choose by, which are always the same and never evolved on. Generation 0, all zeros, drops nothing of its own accord."""
     statistics, best = feature_statistics(gpt, parts["evolve"], config), yardstick(gpt, parts["evolve"], config)
@@ -476,9 +482,9 @@ def evolve(gpt, parts, config, log, state, keep):
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Report
 
-METHODS = ("namm", "full", "ntk", *namm.BASELINES)
+METHODS = ("namm", "full", "ntk", *namm.BASELINES, "tova_by_layer")
 OTHERS = tuple(task for task in data.TASKS if task not in data.EVOLVED)    # tasks that evolution never sees
-FAR = ("namm", "full", "ntk", "streaming", "h2o", "tova", "snapkv")        # worth their time beyond 4 x
+FAR = ("namm", "full", "ntk", "streaming", "h2o", "tova", "snapkv", "tova_by_layer")              # worth their time beyond 4 x
 
 
 def ask(gpt, batches, config, manage, weights):
@@ -486,21 +492,25 @@ def ask(gpt, batches, config, manage, weights):
     return [torch.cat(got) for got in zip(*(evaluate(gpt, batch, config, manage, weights) for batch in batches))]
 
 
-def rule(method, params, statistics, budget, config):
-    """(manager, does it look at the attention) of a method's name. `ntk` is the full cache too; see `report`."""
+def rule(method, params, statistics, slots, config):
+    """(manager, does it look at the attention) of a method's name. slots (n_layer,): what NAMM kept; see `report`."""
     if method in ("full", "ntk"):
         return None, False
     if method == "namm":
         return manager(params[None].to(config.device), statistics, config), True
-    return namm.baseline(method, budget, config.seed), method in namm.ATTENTIVE
+    if method == "tova_by_layer":
+        own = [namm.baseline("tova", max(1, math.ceil(n))) for n in slots]
+        return lambda layer, *seen: own[layer](layer, *seen), True
+    return namm.baseline(method, max(1, math.ceil(np.mean(slots))), config.seed), method in namm.ATTENTIVE
 
 
 def report(gpt, params, statistics, part, config):
     """Every method on every task and length: [{method, task, length, score, logprob, relative, cache, seed, ...}].
 
-    All methods answer the same prompts through the same blocks; the baselines keep as many slots as NAMM has on average in
-    that task at that length. `ntk` is the full cache with the rotary base scaled to the length, as one would extend a GPT's
-    context without training. `lead`: NAMM's score minus the method's; `lead_se`, its standard error over prompts, paired.
+    All methods answer the same prompts through the same blocks; the baselines keep as many slots in each layer as NAMM has on
+    average in that task at that length. `tova_by_layer` gets in each layer as many as NAMM had there: a rule that knows what
+    evolution found out. `ntk` is the full cache with the rotary base scaled to the length, as one would extend a GPT's context
+    without training. `lead`: NAMM's score minus the method's; `lead_se`, its standard error over prompts, paired.
     `seconds` for all prompts. For needle, `depths`: the score by where it was, in five equal parts of the context."""
     wanted = config.methods.split(",") if config.methods else METHODS
     chosen = {times: [m for m in METHODS if m in wanted and (times <= 4 or m in FAR)] for times in config.report_at}
@@ -512,17 +522,17 @@ def report(gpt, params, statistics, part, config):
             asked = config.report_prompts if times <= 4 else config.far_prompts
             counts = [min(config.rows, asked - i) for i in range(0, asked, config.rows)]
             batches = [prompts(part, task, count, rng, length, config.device) for count in counts]
-            at, budget = {}, None
+            at, slots = {}, None
             for method in chosen[times]:
                 began = time.time()
                 gpt.config.rope_scale = config.rope_scale * (times if method == "ntk" else 1)
-                exact, _, logprob, cache = ask(gpt, batches, config, *rule(method, params, statistics, budget, config))
+                exact, _, logprob, cache = ask(gpt, batches, config, *rule(method, params, statistics, slots, config))
                 got = score(task, exact, logprob)
                 # what each prompt adds to the score; for 1 / perplexity, to first order
                 each = got * (1 + logprob - logprob.mean()) if task == "lm" else exact
                 at[method] = each
                 if method == "namm":
-                    budget = max(1, math.ceil(cache.mean().item() * batches[0].context))
+                    slots = (cache.mean(0) * batches[0].context).tolist()
                 lead = at["namm"] - each
                 row = dict(method=method, task=task, length=length, score=got, logprob=logprob.mean().item(), relative=None,
                            cache=cache.mean().item(), seed=config.seed, lead=lead.mean().item(),
@@ -544,11 +554,11 @@ def report(gpt, params, statistics, part, config):
 def stream(gpt, params, statistics, part, config):
     """Bits per token of held-out text that is read in one go: [{method, from, to, bits, cache}], positions in tokens. The
     baselines keep as many slots as NAMM has at the end."""
-    rng, rows, budget = np.random.default_rng([config.seed, 6]), [], None
+    rng, rows, slots = np.random.default_rng([config.seed, 6]), [], None
     ends = [times * config.length for times in config.report_at]
     text = torch.from_numpy(np.stack([part.text(rng, ends[-1]) for _ in range(config.rows)])).long().to(config.device)
     for method in ("namm", "full", "recent", "streaming", "h2o", "tova"):
-        manage, weights = rule(method, params, statistics, budget, config)
+        manage, weights = rule(method, params, statistics, slots, config)
         cache, bits = gpt.new_cache(len(text), config.positions == "renumbered"), []
         for block in text.split(config.delay, dim=1):
             with precision(config.device):
@@ -556,29 +566,29 @@ def stream(gpt, params, statistics, part, config):
             after = text[:, cache[0].seen - block.shape[1] + 1:cache[0].seen + 1]                # (B,T), or one fewer
             bits.append(torch.nn.functional.cross_entropy(logits[:, :after.shape[1]].transpose(1, 2), after,
                                                           reduction="none") / math.log(2))
-        bits, share = torch.cat(bits, dim=1), torch.stack([layer.kept() for layer in cache]).mean().item()
-        budget = budget or max(1, math.ceil(share * ends[-1]))
+        bits, kept = torch.cat(bits, dim=1), [layer.kept().mean().item() for layer in cache]
+        slots, share = slots or [share * ends[-1] for share in kept], float(np.mean(kept))
         rows += [{"method": method, "from": start, "to": end, "bits": bits[:, start:end].mean().item(), "cache": share,
                   "seed": config.seed} for start, end in zip([0] + ends, ends)]
     return rows
 
 
 def curve(gpt, params, statistics, part, config):
-    """Score at one and the same number of slots for every method: [{method, length, slots, score, seed}], mean over tasks.
-    NAMM keeps its best `slots`, whatever their scores: one evolved vector gives the whole curve."""
+    """Score against slots: [{method, length, shift, slots, score, seed}], means over tasks. One evolved vector gives NAMM's whole
+    curve, by a `shift` of its threshold; the baselines keep as many slots as it has then, task by task."""
     rows, lengths = [], [times * config.length for times in config.report_at if times != 8]
-    for length, slots in itertools.product(lengths, [config.length // 16 * n for n in (1, 2, 4, 6)]):
-        for method in ("namm", "streaming", "h2o", "tova", "snapkv"):
-            scores = []
-            for t, task in enumerate(data.TASKS):
-                rng = np.random.default_rng([config.seed, 7, length, t])
-                batch = prompts(part, task, min(8, config.far_prompts), rng, length, config.device)
-                manage, weights = rule(method, params, statistics, slots, config)
-                if method == "namm":
-                    manage = manager(params[None].to(config.device), statistics, config, threshold=-math.inf, capacity=slots)
-                exact, _, logprob, _ = evaluate(gpt, batch, config, manage, weights)
-                scores.append(score(task, exact, logprob))
-            rows.append(dict(method=method, length=length, slots=slots, score=float(np.mean(scores)), seed=config.seed))
+    for length, shift in itertools.product(lengths, (4, 2, 0, -1, -2, -4)):
+        shifted, got = dataclasses.replace(config, threshold=config.threshold + shift), {}
+        for t, task in enumerate(data.TASKS):
+            rng, slots = np.random.default_rng([config.seed, 7, length, t]), None
+            batch = prompts(part, task, min(8, config.far_prompts), rng, length, config.device)
+            for method in ("namm", "streaming", "h2o", "tova", "snapkv"):
+                exact, _, logprob, cache = evaluate(gpt, batch, config, *rule(method, params, statistics, slots, shifted))
+                slots = slots or (cache.mean(0) * batch.context).tolist()
+                got.setdefault(method, []).append((np.mean(slots), score(task, exact, logprob)))
+        for method, pairs in got.items():
+            slots, mean = np.mean(pairs, 0).tolist()
+            rows.append(dict(method=method, length=length, shift=shift, slots=slots, score=mean, seed=config.seed))
     return rows
 
 
@@ -792,14 +802,16 @@ def cells(left, top, numbers, width=28, height=22, texts=True):
 
 def picture_curve(rows, report):
     """Score against slots, one panel a length: rows of `curve`; of `report` the full cache's score, a dashed line."""
-    body, slots, over = [], sorted({row["slots"] for row in rows}), means(report)
+    body, shifts, over = [], sorted({row["shift"] for row in rows}), means(report)
+    fewest, most = (f(row["slots"] for row in rows) for f in (min, max))
+    ticks = [2 ** k for k in range(math.floor(math.log2(fewest)), math.ceil(math.log2(most + 1)) + 1)]
     for panel, length in enumerate(sorted({row["length"] for row in rows})):
-        score = lambda method, n: np.mean([row["score"] for row in rows if (row["method"], row["length"], row["slots"]) ==
-                                           (method, length, n)])
-        full = over("full", length).mean()
-        lines = [(color, [(n, full if method == "full" else score(method, n)) for n in slots], 4 * (method == "full"))
-                 for method, color in COLORS.items()]
-        body += plot(240 * panel, f"{length} tokens", lines, slots, (0, 0.25, 0.5, 0.75, 1), log=True)
+        lines = [("#c92a2a", [(ticks[0], over("full", length).mean()), (ticks[-1], over("full", length).mean())], 4)]
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [[(row["slots"], row["score"]) for row in rows if (row["method"], row["length"], row["shift"]) ==
+                    (method, length, shift)] for shift in shifts]
+            lines.append((COLORS[method], [np.mean(pairs, 0) for pairs in own], 0))
+        body += plot(240 * panel, f"{length} tokens", lines, ticks, (0, 0.25, 0.5, 0.75, 1), log=True)
     return svg(740, 255, body + legend(COLORS))
 
 

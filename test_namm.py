@@ -758,7 +758,7 @@ def test_exact_match_is_what_greedy_decoding_would_write(parts):
         batch.tokens[:, 1:][swap] = guess[swap]
     config = evolve.Config(device="cpu", delay=64)
     exact, likelihood, logprob, cache = evolve.evaluate(gpt, batch, config)
-    assert cache.tolist() == [1.0] * 4
+    assert cache.tolist() == [[1.0] * 1] * 4
     for row in range(4):
         rights, logs = [], []
         for which in range(1, int(batch.answer[row].max()) + 1):
@@ -771,6 +771,41 @@ def test_exact_match_is_what_greedy_decoding_would_write(parts):
         assert exact[row].item() == pytest.approx(np.mean(rights), abs=1e-6)
         assert logprob[row].item() == pytest.approx(np.mean(logs), abs=1e-3)
         assert likelihood[row].item() == pytest.approx(np.mean(np.exp(logs)), abs=1e-3)
+
+
+def test_slots_have_their_price(parts):
+    """Catches: a price that the full cache pays too, one that does not grow with the length, or counts only one layer."""
+    made = parts[2]
+    torch.manual_seed(0)
+    gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, n_hidden=32)).eval()
+    params = 0.3 * torch.randn(3, 4172)
+    for times in (1, 4):
+        got = {}
+        for price in (0.0, 0.5):
+            config = evolve.Config(device="cpu", price=price, rows=2)
+            judge = lambda who: evolve.fitness(gpt, who, (torch.zeros(17), torch.ones(17)), {"kv": 0.01}, made["evolve"], ["kv"],
+                                               lambda rng: [times], 2, np.random.default_rng(0), config)
+            got[price] = judge(params), judge(None)
+        batch = data.batch(made["evolve"], ["kv"] * 2, np.random.default_rng(0), times * 256)
+        for candidate in range(3):                                         # what is in its caches, counted slot by slot
+            cache = gpt.new_cache(2, renumber=True)
+            model.read(gpt, batch.tokens[:, :batch.context], cache, 64, namm.namm(
+                params[candidate][None], torch.zeros(17), torch.ones(17), capacity=config.capacity), weights=True)
+            slots = torch.stack([layer.alive.sum(-1) for layer in cache]).float().mean().item()
+            free, paid = (got[price][0][0][candidate].item() for price in (0.0, 0.5))
+            assert free - paid == pytest.approx(0.5 * slots / 256, abs=1e-4)
+        assert got[0.0][1][0] == got[0.5][1][0]
+
+
+def test_a_rule_gets_the_slots_of_namm(parts):
+    """Catches: a rule with more or fewer slots than NAMM has, or in another layer."""
+    torch.manual_seed(0)
+    gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, n_hidden=32, n_layer=3)).eval()
+    tokens = torch.randint(parts[1].n_vocab, (2, 128))
+    for method, want in {"tova_by_layer": [5, 9, 1], "tova": [5, 5, 5], "recent": [5, 5, 5]}.items():
+        cache = gpt.new_cache(2)
+        model.read(gpt, tokens, cache, 64, *evolve.rule(method, None, None, [4.2, 9.0, 0.0], evolve.Config(device="cpu")))
+        assert [layer.alive.sum(-1).unique().tolist() for layer in cache] == [[n] for n in want]
 
 
 def test_bfloat16_gives_nearly_the_same_answers(parts, monkeypatch):
@@ -1025,7 +1060,7 @@ def test_table_by_hand():
     (["--evolve_at", "a"], "evolve_at"), (["--sigma", "-1"], "sigma"), (["--unknown", "1"], "unknown"),
     (["--preset", "huge"], "preset"), (["--covariance", "none"], "covariance"), (["--positions", "x"], "positions"), (["--methods", "h2o"], "methods"),
     (["--base", "{dir}/missing"], "gpt.pt"), (["--resume", "{dir}/missing"], "holds no run"), (["--generations", "0"], "generations"), (["--far_prompts", "0"], "far_prompts"),
-    (["--vocab_size", "200"], "vocab_size"), (["--capacity", "-1"], "capacity"), (["--recall", "1.5"], "recall"), (["--length", "63"], "length"), (["--tokenizer", "no-such-encoding"], "tokenizer"), (["--device", "tpu"], "device"),
+    (["--vocab_size", "200"], "vocab_size"), (["--capacity", "-1"], "capacity"), (["--price", "-1"], "price"), (["--recall", "1.5"], "recall"), (["--length", "63"], "length"), (["--tokenizer", "no-such-encoding"], "tokenizer"), (["--device", "tpu"], "device"),
 ])
 def test_bad_input_ends_in_a_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, says):
     """Exit code 2, a line that names the cause, no traceback, no folder. Catches: errors after work was done."""
