@@ -855,8 +855,9 @@ def summary(paths):
     if runs[0]["config"]["methods"]:
         raise ValueError("--summary: the first run must have reported on all methods")
     first = runs[0]["config"]
-    changed = lambda run: ", ".join(f"{k} {v}" for k, v in run["config"].items()
-                                    if k not in (*FREE, "seed", "base", "eval") and v != first.get(k))
+    changed = lambda run: ", ".join([f"{k} {v}" for k, v in run["config"].items()
+                                     if k not in (*FREE, "seed", "base", "eval") and v != first.get(k)]
+                                    + [f"no {k}" for k in first if k not in run["config"]])        # an older version's run
     groups = {}
     for run in runs:
         groups.setdefault(changed(run), []).append(run)
