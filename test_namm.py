@@ -865,7 +865,8 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(smoke):
     out, settings = smoke
     results = json.loads((out / "results.json").read_text())
     rows = {(row["method"], row["task"], row["length"]): row for row in results["report"]}
-    methods = {"full", "ntk", "namm", "random", "recent", "streaming", "h2o", "fastgen", "l2", "tova", "snapkv"}
+    methods = {"full", "ntk", "namm", "random", "recent", "streaming", "h2o", "fastgen", "l2", "tova", "snapkv",
+               "tova_by_layer"}
     assert set(rows) == {(m, t, n) for n in (64, 256, 512) for m in (methods if n < 512 else evolve.FAR) for t in data.TASKS}
     for (method, task, length), row in rows.items():
         assert set(row) - {"depths"} == {"method", "task", "length", "score", "logprob", "relative", "cache", "seed", "lead",
