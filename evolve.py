@@ -576,19 +576,21 @@ def stream(gpt, params, statistics, part, config):
 def curve(gpt, params, statistics, part, config):
     """Score against slots: [{method, length, shift, slots, score, seed}], means over tasks. One evolved vector gives NAMM's whole
     curve, by a `shift` of its threshold; the baselines keep as many slots as it has then, task by task."""
-    rows, lengths = [], [times * config.length for times in config.report_at if times != 8]
-    for length, shift in itertools.product(lengths, (4, 2, 0, -1, -2, -4)):
-        shifted, got = dataclasses.replace(config, threshold=config.threshold + shift), {}
-        for t, task in enumerate(data.TASKS):
-            rng, slots = np.random.default_rng([config.seed, 7, length, t]), None
-            batch = prompts(part, task, min(8, config.far_prompts), rng, length, config.device)
-            for method in ("namm", "streaming", "h2o", "tova", "snapkv"):
-                exact, _, logprob, cache = evaluate(gpt, batch, config, *rule(method, params, statistics, slots, shifted))
-                slots = slots or (cache.mean(0) * batch.context).tolist()
-                got.setdefault(method, []).append((np.mean(slots), score(task, exact, logprob)))
-        for method, pairs in got.items():
-            slots, mean = np.mean(pairs, 0).tolist()
-            rows.append(dict(method=method, length=length, shift=shift, slots=slots, score=mean, seed=config.seed))
+    rows = []
+    for length in [times * config.length for times in config.report_at if times != 8]:
+        batches = [prompts(part, task, min(8, config.far_prompts), np.random.default_rng([config.seed, 7, length, t]), length,
+                           config.device) for t, task in enumerate(data.TASKS)]
+        for shift in (4, 2, 0, -1, -2, -4):
+            shifted, got = dataclasses.replace(config, threshold=config.threshold + shift), {}
+            for task, batch in zip(data.TASKS, batches):
+                slots = None
+                for method in ("namm", "streaming", "h2o", "tova", "snapkv"):
+                    exact, _, logprob, cache = evaluate(gpt, batch, config, *rule(method, params, statistics, slots, shifted))
+                    slots = slots or (cache.mean(0) * batch.context).tolist()
+                    got.setdefault(method, []).append((np.mean(slots), score(task, exact, logprob)))
+            for method, pairs in got.items():
+                slots, mean = np.mean(pairs, 0).tolist()
+                rows.append(dict(method=method, length=length, shift=shift, slots=slots, score=mean, seed=config.seed))
     return rows
 
 
@@ -803,10 +805,11 @@ def cells(left, top, numbers, width=28, height=22, texts=True):
 def picture_curve(rows, report):
     """Score against slots, one panel a length: rows of `curve`; of `report` the full cache's score, a dashed line."""
     body, shifts, over = [], sorted({row["shift"] for row in rows}), means(report)
-    fewest, most = (f(row["slots"] for row in rows) for f in (min, max))
-    ticks = [2 ** k for k in range(math.floor(math.log2(fewest)), math.ceil(math.log2(most + 1)) + 1)]
+    slots = [row["slots"] for row in rows]
+    ticks = [2 ** k for k in range(math.floor(math.log2(min(slots))), math.ceil(math.log2(max(slots) + 1)) + 1)]
     for panel, length in enumerate(sorted({row["length"] for row in rows})):
-        lines = [("#c92a2a", [(ticks[0], over("full", length).mean()), (ticks[-1], over("full", length).mean())], 4)]
+        full = over("full", length).mean()
+        lines = [(COLORS["full"], [(ticks[0], full), (ticks[-1], full)], 4)]
         for method in dict.fromkeys(row["method"] for row in rows):
             own = [[(row["slots"], row["score"]) for row in rows if (row["method"], row["length"], row["shift"]) ==
                     (method, length, shift)] for shift in shifts]
@@ -1074,11 +1077,13 @@ def bench(config, parts, gpt, evolved):
             model.PIECE, slots[kind] = delay if kind == "full cache, eager" else piece, 0          # eager as usual: one matrix
 
             def watched(layer, cache, received):
+                """The manager; notes the most slots that were in memory."""
                 slots[kind] = max(slots[kind], cache.keys.shape[2])        # before the eviction: survivors and a block
                 if manage:
                     manage(layer, cache, received)
 
             def whole():
+                """Read the text from an empty cache."""
                 cache = gpt.new_cache(rows, config.positions == "renumbered")
                 with precision(device):
                     read(gpt, text, cache, delay, watched, weights)

@@ -758,7 +758,7 @@ def test_exact_match_is_what_greedy_decoding_would_write(parts):
         batch.tokens[:, 1:][swap] = guess[swap]
     config = evolve.Config(device="cpu", delay=64)
     exact, likelihood, logprob, cache = evolve.evaluate(gpt, batch, config)
-    assert cache.tolist() == [[1.0] * 1] * 4
+    assert cache.tolist() == [[1.0]] * 4
     for row in range(4):
         rights, logs = [], []
         for which in range(1, int(batch.answer[row].max()) + 1):
