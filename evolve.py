@@ -141,6 +141,8 @@ def parse(argv=None):
         if not made.exists():
             raise ValueError(f"--{option} {made.parent}: the folder holds no run (no config.json)")
         own = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(made.read_text()).items()}
+        if foreign := set(own) - {f.name for f in dataclasses.fields(Config)}:
+            raise ValueError(f"--{option} {made.parent}: a run of another version, with settings unknown here ({', '.join(foreign)})")
         given = own | {"out": str(made.parent / "eval" if option == "eval" else made.parent)} | given
     given.pop("resume", None)
     action = task if given.pop("show", None) else action

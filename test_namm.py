@@ -1064,6 +1064,7 @@ def test_table_by_hand():
 @pytest.mark.parametrize("arguments, says", [
     (["--lr", "nan"], "lr"), (["--sigma", "inf"], "sigma"), (["--threshold", "nan"], "threshold"), (["--rows", "0"], "rows"),
     (["--eval", "{dir}/missing"], "holds no run"), (["--show", "{dir}/missing"], "holds no run"), (["--show", "{dir}/begun"], "not finished"),
+    (["--resume", "{dir}/older"], "another version"),
     (["--base", "{dir}/foreign"], "of another version"), (["--base", "{dir}/damaged"], "damaged"),
     (["--task", "riddle"], "task"), (["--delay", "4096"], "nothing would ever be evicted"), (["--batch_tokens", "10"], "batch_tokens"),
     (["--corpus", "{dir}/missing"], "no such file"), (["--corpus", "{dir}/empty.txt"], "empty"),
@@ -1084,6 +1085,8 @@ def test_bad_input_ends_in_a_line_and_leaves_nothing(tmp_path, monkeypatch, caps
     (tmp_path / "nothing").mkdir()
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.json").write_text(json.dumps({"length": 64, "report_at": [1]}))
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "config.json").write_text(json.dumps({"colour": "red"}))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "damaged").mkdir()
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign" / "gpt.pt")
