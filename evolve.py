@@ -365,11 +365,7 @@ def score(task, exact, logprob):
 
 def prompts(part, task, count, rng, length, device):
     """`count` prompts of one task, on the device."""
-    return on_device(data.batch(part, [task] * count, rng, length), device)
-
-
-def on_device(batch, device):
-    """The batch with its tensors on the device."""
+    batch = data.batch(part, [task] * count, rng, length)
     return dataclasses.replace(batch, tokens=batch.tokens.to(device), answer=batch.answer.to(device))
 
 
@@ -667,7 +663,7 @@ def lost(gpt, params, statistics, part, config):
     rows = []
     for times, method in itertools.product([times for times in config.report_at if times <= 4], ("full", "namm")):
         rng = np.random.default_rng([config.seed, 9, times])
-        batches = [on_device(data.batch(part, [data.quote] * config.rows, rng, times * config.length), config.device)
+        batches = [prompts(part, data.quote, config.rows, rng, times * config.length, config.device)
                    for _ in range(math.ceil(config.report_prompts / config.rows))]
         exact, _, logprob, _ = ask(gpt, batches, config, *rule(method, params, statistics, None, config))
         rows.append(dict(method=method, length=times * config.length, score=exact.mean().item(),
