@@ -74,6 +74,7 @@ class Config:
     # the cache
     delay: int = setting(64, "tokens between two evictions, a multiple of 16")
     capacity: int = setting(64, "most slots that NAMM keeps in a head; 0 for any number")
+    slots: str = setting("own", "own: a head keeps its best; shared: all heads of all layers do together, capacity in the mean")
     threshold: float = setting(0.0, "a token that scores less leaves the cache")
     positions: str = setting("renumbered", "of cached keys: renumbered inside the cache, or original (the paper)")
     # the manager
@@ -182,6 +183,7 @@ def check(c):
          f"--methods: namm and full, and any of {', '.join(METHODS[2:])}"),
         (0 <= c.recall < 1, "--recall must be 0 or more, and below 1"),
         (c.capacity >= 0, "--capacity must be 0 or more"),
+        (c.slots in ("own", "shared"), "--slots is own or shared"),
         (0 <= c.price < math.inf, "--price must be 0 or more"),
         (not math.isnan(c.threshold), "--threshold must be a number"),
         (c.vocab_size > 266, "--vocab_size must be above 266: 256 bytes, ten digits, and what is learned"),
@@ -355,7 +357,7 @@ def manager(params, statistics, config, **changes):
     """NAMM as the settings say, for params (P,n)."""
     return namm.namm(params, *statistics, **{
         "threshold": config.threshold, "capacity": config.capacity, "sees": config.features, "scorer": config.scorer,
-        "per_head": config.heads == "apart", **changes})
+        "per_head": config.heads == "apart", "shared": config.n_layer * (config.slots == "shared"), **changes})
 
 
 def score(task, exact, logprob):
@@ -616,9 +618,9 @@ def watch(gpt, params, statistics, batch, config):
             own["seen"].append(own_seen)
             evict(keep)
 
-        cache.evict = record                                               # in place of the method, for this call
+        if "evict" not in vars(cache):
+            cache.evict = record                                           # in place of the method, from now on
         manage(layer, cache, received)
-        del cache.evict
 
     with precision(config.device):
         read(gpt, batch.tokens[:, :n], gpt.new_cache(len(batch.tokens), config.positions == "renumbered"), config.delay,

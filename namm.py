@@ -183,6 +183,14 @@ def keep_best(scores, budget):
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., -budget:], True)
 
 
+def keep_best_of_all(scores, budget):
+    """For several layers whose heads share their slots: the newest slot of each head, and the best others of a row, wherever
+    they are, `budget` in all: [(B,K,S)], S as it may be -> [(B,K,S)] bool."""
+    best = keep_best(torch.cat([newest(own, 1).flatten(1) for own in scores], dim=1), budget)        # (B, slots of a row)
+    sizes = [own[0].numel() for own in scores]
+    return [piece.view_as(own) for piece, own in zip(best.split(sizes, dim=1), scores)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. The manager
 
@@ -205,13 +213,15 @@ def spectra(cache, attention, sees):
     return average
 
 
-def namm(params, mean, std, threshold=0.0, capacity=None, sees="all", scorer="bam", per_head=True):
+def namm(params, mean, std, threshold=0.0, capacity=None, sees="all", scorer="bam", per_head=True, shared=0):
     """A manager for GPT.hidden: called after each layer's attention, it evicts.
 
     params (P,n), n = 4172 for BAM; mean and std (F,). A head keeps its best `capacity` slots at the most, whatever their
-    scores. Until the first eviction all candidates share one computation: the cache comes with one row a prompt, and
-    leaves with P. The other switches are for ablations: see SEES and SCORERS; without `per_head` all heads of a layer
-    drop the same tokens, by the mean of their scores."""
+    scores; with a number of layers in `shared`, all their heads do together, `capacity` in the mean. Until the first eviction
+    all candidates share one computation: the cache comes with one row a prompt, and leaves with P. The other switches are for
+    ablations: see SEES and SCORERS; without `per_head` all heads of a layer drop the same tokens, by the mean of their scores."""
+    waiting = []                                                           # (cache, keep, scores) of layers that share slots
+
     def manage(layer, cache, attention):
         """Steps 1 to 5 for one layer's cache and the attention (B,K,T,S) of the block just read."""
         with torch.autocast(attention.device.type, enabled=False):         # float32 here, whatever the GPT computes in
@@ -231,7 +241,13 @@ def namm(params, mean, std, threshold=0.0, capacity=None, sees="all", scorer="ba
                 cache.state["score"] = scores                              # for whoever wants to see it
                 scores = scores.masked_fill(~cache.alive, -torch.inf)
                 keep = keep_mask(scores, threshold)
-                cache.evict(keep & keep_best(scores, capacity) if capacity else keep)
+                if not (shared and capacity):
+                    return cache.evict(keep & keep_best(scores, capacity) if capacity else keep)
+                waiting[layer:] = [(cache, keep, scores)]                  # whatever an interrupted block has left goes
+                if layer == shared - 1:
+                    best = keep_best_of_all([scores for _, _, scores in waiting], capacity * shared * scores.shape[1])
+                    for (cache, keep, _), own in zip(waiting, best):
+                        cache.evict(keep & own)
     return manage
 
 

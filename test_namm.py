@@ -386,6 +386,35 @@ def test_population_in_one_pass_equals_one_candidate_at_a_time(capacity):
     assert min(shares) < 0.08 < max(shares)                                # the test saw heads that evict and that keep
 
 
+def test_layers_that_share_their_slots_keep_the_best_of_all():
+    """Two layers of unequal size against sorted lists: the newest of each head, then the best wherever they are. And in whole
+    caches: each row holds what it may, over all layers, and each candidate what it holds alone, also after a block that was not
+    read to its end. Catches: a budget for each layer, rows or candidates mixed up, dead slots that take a place, leftovers."""
+    torch.manual_seed(3)
+    scores = [torch.randn(2, 2, 5), torch.randn(2, 2, 3)]
+    kept = namm.keep_best_of_all([own.clone() for own in scores], 7)
+    for row in range(2):
+        every = {(l, k, s): scores[l][row, k, s].item() for l in (0, 1) for k in (0, 1) for s in range((5, 3)[l])}
+        want = {(0, 0, 4), (0, 1, 4), (1, 0, 2), (1, 1, 2)}
+        want |= set(sorted(every.keys() - want, key=every.get)[-3:])
+        assert want == {place for place in every if kept[place[0]][row, place[1], place[2]]}
+    gpt, tokens, params = tiny_gpt(n_layer=3), some_tokens(2, 96), 0.2 * torch.randn(2, 4172)
+    params[:, -1] += 99.0                                                  # all scores above 0: the budget alone decides
+    mean, std, lives = 0.1 * torch.rand(17), 0.05 + torch.rand(17), {}
+    for who, prompts in [([0, 1], [0, 1])] + [([c], [p]) for c in (0, 1) for p in (0, 1)]:
+        manage = namm.namm(params[who], mean, std, capacity=7, shared=3)
+        with pytest.raises(ZeroDivisionError):                             # stops after the first layer
+            model.read(gpt, tokens[:1, :32], gpt.new_cache(1), 32, lambda *seen: manage(*seen) if seen[0] == 0 else 1 / 0, True)
+        cache = gpt.new_cache(len(prompts))
+        model.read(gpt, tokens[prompts], cache, 32, manage, weights=True)
+        assert sum(layer.alive.sum((1, 2)) for layer in cache).tolist() == [7 * 3 * 2] * len(cache[0].keys)
+        for row in range(len(cache[0].keys)):
+            own = [layer.positions[row, k][layer.alive[row, k]].tolist() for layer in cache for k in (0, 1)]
+            lives.setdefault((who[row // len(prompts)], prompts[row % len(prompts)]), []).append(own)
+    assert all(together == alone for together, alone in lives.values()) and len(lives) == 4
+    assert len({len(head) for head in lives[0, 0][0]}) > 2                 # the heads really differ
+
+
 def test_zero_parameters_keep_everything_and_the_newest_token_always_stays():
     """Catches: > where the method says >=, and a head that empties its cache."""
     gpt, tokens = tiny_gpt(), some_tokens(2, 64)
@@ -1071,7 +1100,7 @@ def test_table_by_hand():
     (["--corpus", "{dir}/binary.txt"], "not"), (["--corpus", "{dir}/short.txt"], "too short"),
     (["--corpus", "{dir}/nothing"], "no .txt"), (["--delay", "50"], "multiple of 16"), (["--popsize", "1"], "popsize"),
     (["--n_head", "0"], "n_head"), (["--n_head", "3", "--n_kv_head", "2"], "n_kv_head"), (["--head_dim", "5"], "head_dim"), (["--features", "x"], "features"),
-    (["--scorer", "x"], "scorer"), (["--heads", "x"], "heads"), (["--stages", "4"], "stages"), (["--evolve_at", "2,0"], "evolve_at"),
+    (["--scorer", "x"], "scorer"), (["--heads", "x"], "heads"), (["--slots", "x"], "slots"), (["--stages", "4"], "stages"), (["--evolve_at", "2,0"], "evolve_at"),
     (["--evolve_at", "a"], "evolve_at"), (["--sigma", "-1"], "sigma"), (["--unknown", "1"], "unknown"),
     (["--preset", "huge"], "preset"), (["--covariance", "none"], "covariance"), (["--positions", "x"], "positions"), (["--methods", "h2o"], "methods"),
     (["--base", "{dir}/missing"], "gpt.pt"), (["--resume", "{dir}/missing"], "holds no run"), (["--generations", "0"], "generations"), (["--far_prompts", "0"], "far_prompts"),
