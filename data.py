@@ -193,9 +193,8 @@ def make_parts(texts, encoding, longest, learned_from=None):
     words = dict(zip(WORDS, words))
     dealt = set(np.concatenate([words[name] for name in WORDS]))
     words["train"] = np.array([t for t, b in spelled.items() if t not in dealt and b.strip(b" \n0123456789")])
-    if learned_from is not None:                                           # tokens that only the new texts have
-        new = set(np.concatenate(list(streams.values())).tolist()) - set(spelled)
-        spelled |= {token: encoding.decode_single_token_bytes(token) for token in new}
+    new = set(np.concatenate(list(streams.values())).tolist()) - set(spelled)                  # that were not learned from
+    spelled |= {token: encoding.decode_single_token_bytes(token) for token in new}
     ends_line = np.array([spelled.get(token, b"").endswith(b"\n") for token in range(encoding.n_vocab)])
     blank = np.array([not spelled.get(token, b"").strip() for token in range(encoding.n_vocab)])
     return {name: Part(stream, words[name], words["values"], ends_line, blank, encoding.encode_ordinary, encoding.decode)
