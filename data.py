@@ -149,6 +149,7 @@ class Part:
     values: np.ndarray           # (some,) words for the answers, one token each, the same in all parts as digits are
     ends_line: np.ndarray        # (V,) bool: this token ends a line
     blank: np.ndarray            # (V,) bool: this token is white space
+    looks_back: np.ndarray       # (V,) bool: in training the heads may be asked to recall at this token
     encode: callable             # str -> [token]
     decode: callable             # [token] -> str
 
@@ -197,7 +198,8 @@ def make_parts(texts, encoding, longest, learned_from=None):
     spelled |= {token: encoding.decode_single_token_bytes(token) for token in new}
     ends_line = np.array([spelled.get(token, b"").endswith(b"\n") for token in range(encoding.n_vocab)])
     blank = np.array([not spelled.get(token, b"").strip() for token in range(encoding.n_vocab)])
-    return {name: Part(stream, words[name], words["values"], ends_line, blank, encoding.encode_ordinary, encoding.decode)
+    looks_back = np.array([not re.search(rb"[A-Za-z]{3,}", spelled.get(token, b"")) for token in range(encoding.n_vocab)])
+    return {name: Part(stream, words[name], words["values"], ends_line, blank, looks_back, encoding.encode_ordinary, encoding.decode)
             for name, stream in streams.items()}
 
 
@@ -376,8 +378,8 @@ def told(tokens, answer, n):
 
 
 def training_batch(part, rng, rows, length, recall):
-    """`rows` prompts of random tasks, and words to recall, (N, L-1): at a share `recall` of the places in a context, a word
-    that was read before and will be asked for, any of them; -1 elsewhere. A large model expects what was said to matter
+    """`rows` prompts of random tasks, and words to recall, (N, L-1): at a share `recall` of the places in a context where no word
+    of three letters or more stands, a word that was read before and will be asked for, any of them; -1 elsewhere. A large model expects what was said to matter
     again, and its attention shows it. A tiny one's heads learn that only if told to; and what a token will be worth can
     be seen in no attention that nobody paid to it."""
     prompts = batch(part, rng.choice(list(TASKS), rows), rng, length)
@@ -386,7 +388,7 @@ def training_batch(part, rng, rows, length, recall):
         if task == "lm":
             continue
         said = told(tokens[i], answer[i], prompts.context)
-        places = np.flatnonzero(rng.random(prompts.context) < recall)
+        places = np.flatnonzero((rng.random(prompts.context) < recall) & part.looks_back[tokens[i, :prompts.context]])
         before = np.searchsorted(said, places)                             # how many such words were read by then
         places, before = places[before > 0], before[before > 0]
         words[i, places] = tokens[i, said[(rng.random(len(places)) * before).astype(int)]]

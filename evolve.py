@@ -70,11 +70,11 @@ class Config:
     steps: int = setting(1500, "training steps")
     batch_tokens: int = setting(4096, "tokens in a training step")
     lr: float = setting(4e-3, "peak learning rate")
-    recall: float = setting(0.25, "share of places where a head is asked for a word to remember")
+    recall: float = setting(0.25, "share of places, but for words, where a head is asked for a word to remember")
     # the cache
-    delay: int = setting(64, "tokens between two evictions, a multiple of 16")
-    capacity: int = setting(64, "most slots that NAMM keeps in a head; 0 for any number")
-    slots: str = setting("own", "own: a head keeps its best; shared: all heads of all layers do together, capacity in the mean")
+    delay: int = setting(32, "tokens between two evictions, a multiple of 16")
+    capacity: int = setting(40, "most slots that NAMM keeps in a head, in the mean over heads and layers; 0 for any number")
+    slots: str = setting("shared", "shared: all heads of all layers keep their best together; own: each head its own best")
     threshold: float = setting(0.0, "a token that scores less leaves the cache")
     positions: str = setting("renumbered", "of cached keys: renumbered inside the cache, or original (the paper)")
     # the manager
@@ -82,15 +82,14 @@ class Config:
     scorer: str = setting("bam", f"how: {', '.join(namm.SCORERS)}")
     heads: str = setting("apart", "apart: each head drops its own tokens; together: a layer's heads drop the same")
     # evolution
-    generations: int = setting(50, "generations")
+    generations: int = setting(40, "generations")
     stages: int = setting(1, "1: all tasks from the start; 2 or 3: one more task in each of so many equal stages")
     popsize: int = setting(16, "candidates in a generation")
-    price: float = setting(0.8, "what a cache of --length slots costs in fitness, in which the full cache's best answers are 1")
     sigma: float = setting(0.6, "first step size, in units of one over the root of a weight's inputs")
     covariance: str = setting("diagonal", "diagonal or full")
     prompts: int = setting(4, "fresh prompts for each task in a generation, the same for all candidates")
     evolve_at: tuple = setting((1, 2, 4), "lengths to evolve at, in training lengths, drawn for each task and generation")
-    validate: int = setting(5, "generations between two validations of the mean")
+    validate: int = setting(5, "generations between two validations of the average mean")
     choose_prompts: int = setting(8, "prompts for each task in a validation")
     # report
     report_prompts: int = setting(16, "prompts for each task and length in the report")
@@ -106,17 +105,33 @@ PRESETS = {
                   generations=3, popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2, far_prompts=1,
                   report_at=(1, 4, 8)),
     "gpu": dict(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=2, n_embd=512, head_dim=64, n_hidden=1408, length=2048,
-                steps=3000, batch_tokens=131_072, lr=1e-3, delay=256, capacity=512, generations=100, popsize=32, prompts=8,
+                steps=3000, batch_tokens=131_072, lr=1e-3, delay=256, capacity=320, generations=100, popsize=32, prompts=8,
                 choose_prompts=32, report_prompts=64, far_prompts=16, rows=512),
 }
 
 
 FREE = ("out", "device", "methods", "report_prompts", "far_prompts", "report_at", "rows")   # may change when a run goes on
+OF_GPT = ("tokenizer", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_hidden", "rope_theta")   # --base
 
 
 def numbers(text):
     """ "1,2,4" -> (1, 2, 4)."""
     return tuple(int(number) for number in text.split(","))
+
+
+def settings(folder):
+    """{name: value}, the settings of the run in a folder. Raises ValueError, with a line for the user, if there is none, or one
+    that this version cannot read."""
+    path = pathlib.Path(folder) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder}: the folder holds no run (no config.json)")
+    try:
+        own = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(path.read_text()).items()}
+    except (ValueError, AttributeError):
+        raise ValueError(f"{path}: damaged, or not a file of this program; delete the folder, or give another")
+    if foreign := set(own) - {f.name for f in dataclasses.fields(Config)}:
+        raise ValueError(f"{folder}: a run of another version, with settings unknown here ({', '.join(sorted(foreign))})")
+    return own
 
 
 def parse(argv=None):
@@ -137,14 +152,11 @@ def parse(argv=None):
     parser.add_argument("--bench", action="store_true", help="print how fast it is here, with the GPT of --base, if given")
     given = vars(parser.parse_args(argv))
     task, action = given.pop("task"), "bench" if given.pop("bench", False) else "run"
-    for option in [name for name in ("resume", "eval", "show") if name in given]:
-        made = pathlib.Path(given[option]) / "config.json"
-        if not made.exists():
-            raise ValueError(f"--{option} {made.parent}: the folder holds no run (no config.json)")
-        own = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(made.read_text()).items()}
-        if foreign := set(own) - {f.name for f in dataclasses.fields(Config)}:
-            raise ValueError(f"--{option} {made.parent}: a run of another version, with settings unknown here ({', '.join(foreign)})")
-        given = own | {"out": str(made.parent / "eval" if option == "eval" else made.parent)} | given
+    for option in [name for name in ("resume", "eval", "show") if given.get(name)]:
+        folder = pathlib.Path(given[option])
+        given = settings(folder) | {"out": str(folder / "eval" if option == "eval" else folder)} | given
+    if given.get("base"):
+        given = {name: value for name, value in settings(given["base"]).items() if name in OF_GPT} | given
     given.pop("resume", None)
     action = task if given.pop("show", None) else action
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -184,7 +196,6 @@ def check(c):
         (0 <= c.recall < 1, "--recall must be 0 or more, and below 1"),
         (c.capacity >= 0, "--capacity must be 0 or more"),
         (c.slots in ("own", "shared"), "--slots is own or shared"),
-        (0 <= c.price < math.inf, "--price must be 0 or more"),
         (not math.isnan(c.threshold), "--threshold must be a number"),
         (c.vocab_size > 266, "--vocab_size must be above 266: 256 bytes, ten digits, and what is learned"),
     ]:
@@ -306,7 +317,7 @@ def evaluate(gpt, batch, config, manage=None, weights=False):
       exact       1 for an answer whose every token is the arg-max: what greedy decoding would write
       likelihood  of an answer's token: exp of the mean log-probability of its tokens
       logprob     that mean itself, natural logarithm
-      cache       (B,n_layer), share of the context's tokens that is in the cache when the question is asked
+      cache       share of the context's tokens that is in the cache when the question is asked, mean over heads and layers
     Out of memory, it goes on with half the rows at once.
     """
     try:
@@ -326,12 +337,12 @@ def evaluate(gpt, batch, config, manage=None, weights=False):
 
 def said(gpt, batch, config, manage, weights):
     """Read the contexts, then the questions with their true answers. B rows, M answer tokens in all: (row (M,), place after the
-    context (M,), logits there (M,V), tokens asked for (M,), share of the cache kept (B,n_layer))."""
+    context (M,), logits there (M,V), tokens asked for (M,), share of the cache kept (B,))."""
     n = batch.context
     with precision(config.device):
         cache = gpt.new_cache(len(batch.tokens), config.positions == "renumbered")
         read(gpt, batch.tokens[:, :n], cache, config.delay if manage else n, manage, weights)    # uncut: in one block
-        kept = torch.stack([layer.kept() for layer in cache], dim=1)                         # (B,n_layer)
+        kept = torch.stack([layer.kept() for layer in cache]).mean(0)                        # (B,)
         tokens, answer = (x[:, n:].repeat(cache[0].copies, 1) for x in (batch.tokens, batch.answer))         # (B,Q)
         row, at = answer.nonzero(as_tuple=True)                                              # (M,)
         hidden = gpt.hidden(tokens[:, :-1], cache)                                           # (B,Q-1,C)
@@ -394,9 +405,8 @@ def yardstick(gpt, part, config):
 def fitness(gpt, params, statistics, best, part, tasks, lengths, count, rng, config):
     """(P,) fitness of params (P,n), or (1,) of the full cache for params None, and the share of the cache kept, mean over
     all. For each task at each of its lengths, on the same `count` prompts for all candidates: mean likelihood of the
-    answers, divided by `best`, the full cache's at the training length, less the price of the slots kept; then the mean. The
-    likelihood has no ties, as exact match has; and the paper's divisor, the full cache's score on the same prompts, is near 0
-    where it is to be beaten. The price makes evolution find out where slots are worth most; the full cache pays none.
+    answers, divided by `best`, the full cache's at the training length; then the mean. The likelihood has no ties, as exact
+    match has; and the paper's divisor, the full cache's score on the same prompts, is near 0 where it is to be beaten.
 
     lengths(rng) draws, for one task, the lengths of its prompts in training lengths. Groups of candidates are dealt to the
     processes of the run in turn; each process gets all the results."""
@@ -410,10 +420,8 @@ def fitness(gpt, params, statistics, best, part, tasks, lengths, count, rng, con
                 if (parts * len(groups) + i) % size == rank:
                     manage = None if params is None else manager(params[group], statistics, config)
                     _, likelihood, _, cache = evaluate(gpt, batch, config, manage, weights=manage is not None)
-                    cache = cache.mean(1)                                  # over layers
-                    price = config.price * cache * batch.context / config.length if manage else 0.0
-                    got = torch.stack([likelihood / best[task] - price, cache]).view(2, -1, count).mean(2)
-                    total.index_add_(1, group, got)
+                    got = torch.stack([likelihood / best[task], cache])                      # (2,B)
+                    total.index_add_(1, group, got.view(2, -1, count).mean(2))
             parts += 1
     total = summed(total).cpu() / parts
     return total[0], total[1].mean().item()
@@ -423,9 +431,10 @@ def evolve(gpt, parts, config, log, state, keep):
     """Evolve the manager of the cache. Returns its parameters (4172,), the statistics of the features, and what it cost.
     keep(state) is called after each generation; from that state evolution goes on to the same bits.
 
-    Fresh prompts each generation, one more task in each stage. The mean of the search distribution is what is
-    kept, since a single candidate's fitness is noisy; of the means, the one with the best fitness on the prompts to
-    choose by, which are always the same and never evolved on. Generation 0, all zeros, drops nothing of its own accord."""
+    Fresh prompts each generation, one more task in each stage. A candidate's fitness is noisy, and so is each step of the mean
+    of the search distribution; what is kept is an average of the means, the last ten of which count most, and of these averages
+    the one with the best fitness on the prompts to choose by, which are always the same and never evolved on. Generation 0, all
+    zeros, drops nothing of its own accord."""
     statistics, best = feature_statistics(gpt, parts["evolve"], config), yardstick(gpt, parts["evolve"], config)
     scale = namm.scale(config.scorer)                                      # one step size fits all weights
     es = CMAES(torch.zeros(len(scale)), config.sigma, config.popsize, config.seed, config.covariance == "diagonal")
@@ -437,7 +446,8 @@ def evolve(gpt, parts, config, log, state, keep):
                        np.random.default_rng([config.seed, 3]), config)
 
     [full], _ = validate(None)
-    state = state or {"next": 0, "highest": -math.inf, "chosen": None, "passed": None, "seconds": 0.0, "history": []}
+    state = state or {"next": 0, "average": es.mean, "highest": -math.inf, "chosen": None, "passed": None, "seconds": 0.0,
+                      "history": []}
     if "es" in state:
         es.load_state_dict(state["es"])
     start = time.time() - state["seconds"]
@@ -453,10 +463,11 @@ def evolve(gpt, parts, config, log, state, keep):
             got, kept = fitness(gpt, candidates, statistics, best, parts["evolve"], tasks, any_length, config.prompts,
                                 np.random.default_rng([config.seed, 2, g]), config)
             es.tell(got)
+            state["average"] = state["average"] + (es.mean - state["average"]) / min(g, 10)
             of_all = f"{got.mean():19.3f} {got.max():6.3f} {kept:6.1%}"
             point |= {"candidates": got.mean().item(), "best": got.max().item(), "cache": kept}
         if g % config.validate == 0 or g == config.generations:
-            mean = (es.mean * scale).float()
+            mean = (state["average"] * scale).float()
             [value], kept = validate(mean[None].to(config.device))
             star = "*" if g and value > state["highest"] else " "
             if star == "*":
@@ -482,9 +493,9 @@ def evolve(gpt, parts, config, log, state, keep):
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Report
 
-METHODS = ("namm", "full", "ntk", *namm.BASELINES, "tova_by_layer")
+METHODS = ("namm", "full", "ntk", *namm.BASELINES, "tova_shared", "snapkv_shared")
 OTHERS = tuple(task for task in data.TASKS if task not in data.EVOLVED)    # tasks that evolution never sees
-FAR = ("namm", "full", "ntk", "streaming", "h2o", "tova", "snapkv", "tova_by_layer")              # worth their time beyond 4 x
+FAR = ("namm", "full", "ntk", "streaming", "h2o", "tova", "snapkv", "tova_shared", "snapkv_shared")       # also beyond 4 x
 
 
 def ask(gpt, batches, config, manage, weights):
@@ -493,23 +504,21 @@ def ask(gpt, batches, config, manage, weights):
 
 
 def rule(method, params, statistics, slots, config):
-    """(manager, does it look at the attention) of a method's name. slots (n_layer,): what NAMM kept; see `report`."""
+    """(manager, does it look at the attention) of a method's name. slots: what NAMM kept in the mean; see `report`."""
     if method in ("full", "ntk"):
         return None, False
     if method == "namm":
         return manager(params[None].to(config.device), statistics, config), True
-    if method == "tova_by_layer":
-        own = [namm.baseline("tova", max(1, math.ceil(n))) for n in slots]
-        return lambda layer, *seen: own[layer](layer, *seen), True
-    return namm.baseline(method, max(1, math.ceil(np.mean(slots))), config.seed), method in namm.ATTENTIVE
+    name = method.removesuffix("_shared")
+    shared = config.n_layer if name != method else 0
+    return namm.baseline(name, max(1, math.ceil(slots)), config.seed, shared), name in namm.ATTENTIVE
 
 
 def report(gpt, params, statistics, part, config):
     """Every method on every task and length: [{method, task, length, score, logprob, relative, cache, seed, ...}].
 
     All methods answer the same prompts through the same blocks; the baselines keep as many slots in each layer as NAMM has on
-    average in that task at that length. `tova_by_layer` gets in each layer as many as NAMM had there: a rule that knows what
-    evolution found out. `ntk` is the full cache with the rotary base scaled to the length, as one would extend a GPT's context
+    average in that task at that length; those that end in `_shared`, as many in the mean over layers, as NAMM may. `ntk` is the full cache with the rotary base scaled to the length, as one would extend a GPT's context
     without training. `lead`: NAMM's score minus the method's; `lead_se`, its standard error over prompts, paired.
     `seconds` for all prompts. For needle, `depths`: the score by where it was, in five equal parts of the context."""
     wanted = config.methods.split(",") if config.methods else METHODS
@@ -532,7 +541,7 @@ def report(gpt, params, statistics, part, config):
                 each = got * (1 + logprob - logprob.mean()) if task == "lm" else exact
                 at[method] = each
                 if method == "namm":
-                    slots = (cache.mean(0) * batches[0].context).tolist()
+                    slots = cache.mean().item() * batches[0].context
                 lead = at["namm"] - each
                 row = dict(method=method, task=task, length=length, score=got, logprob=logprob.mean().item(), relative=None,
                            cache=cache.mean().item(), seed=config.seed, lead=lead.mean().item(),
@@ -566,31 +575,32 @@ def stream(gpt, params, statistics, part, config):
             after = text[:, cache[0].seen - block.shape[1] + 1:cache[0].seen + 1]                # (B,T), or one fewer
             bits.append(torch.nn.functional.cross_entropy(logits[:, :after.shape[1]].transpose(1, 2), after,
                                                           reduction="none") / math.log(2))
-        bits, kept = torch.cat(bits, dim=1), [layer.kept().mean().item() for layer in cache]
-        slots, share = slots or [share * ends[-1] for share in kept], float(np.mean(kept))
+        bits, share = torch.cat(bits, dim=1), np.mean([layer.kept().mean().item() for layer in cache])
+        slots = slots or share * ends[-1]
         rows += [{"method": method, "from": start, "to": end, "bits": bits[:, start:end].mean().item(), "cache": share,
                   "seed": config.seed} for start, end in zip([0] + ends, ends)]
     return rows
 
 
 def curve(gpt, params, statistics, part, config):
-    """Score against slots: [{method, length, shift, slots, score, seed}], means over tasks. One evolved vector gives NAMM's whole
-    curve, by a `shift` of its threshold; the baselines keep as many slots as it has then, task by task."""
+    """Score against slots: [{method, length, capacity, slots, score, seed}], means over tasks. One evolved vector gives NAMM's
+    whole curve: the best by its scores, as many as the `capacity` is. The baselines keep as many slots as it has, task by task."""
     rows = []
     for length in [times * config.length for times in config.report_at if times != 8]:
         batches = [prompts(part, task, min(8, config.far_prompts), np.random.default_rng([config.seed, 7, length, t]), length,
                            config.device) for t, task in enumerate(data.TASKS)]
-        for shift in (4, 2, 0, -1, -2, -4):
-            shifted, got = dataclasses.replace(config, threshold=config.threshold + shift), {}
+        for share in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4):
+            capacity, got = math.ceil(share * (config.capacity or config.delay)), {}
+            cut = dataclasses.replace(config, capacity=capacity, threshold=-math.inf)
             for task, batch in zip(data.TASKS, batches):
                 slots = None
                 for method in ("namm", "streaming", "h2o", "tova", "snapkv"):
-                    exact, _, logprob, cache = evaluate(gpt, batch, config, *rule(method, params, statistics, slots, shifted))
-                    slots = slots or (cache.mean(0) * batch.context).tolist()
-                    got.setdefault(method, []).append((np.mean(slots), score(task, exact, logprob)))
+                    exact, _, logprob, cache = evaluate(gpt, batch, config, *rule(method, params, statistics, slots, cut))
+                    slots = slots or cache.mean().item() * batch.context
+                    got.setdefault(method, []).append((slots, score(task, exact, logprob)))
             for method, pairs in got.items():
                 slots, mean = np.mean(pairs, 0).tolist()
-                rows.append(dict(method=method, length=length, shift=shift, slots=slots, score=mean, seed=config.seed))
+                rows.append(dict(method=method, length=length, capacity=capacity, slots=slots, score=mean, seed=config.seed))
     return rows
 
 
@@ -804,15 +814,15 @@ def cells(left, top, numbers, width=28, height=22, texts=True):
 
 def picture_curve(rows, report):
     """Score against slots, one panel a length: rows of `curve`; of `report` the full cache's score, a dashed line."""
-    body, shifts, over = [], sorted({row["shift"] for row in rows}), means(report)
+    body, sizes, over = [], sorted({row["capacity"] for row in rows}), means(report)
     slots = [row["slots"] for row in rows]
     ticks = [2 ** k for k in range(math.floor(math.log2(min(slots))), math.ceil(math.log2(max(slots) + 1)) + 1)]
     for panel, length in enumerate(sorted({row["length"] for row in rows})):
         full = over("full", length).mean()
         lines = [(COLORS["full"], [(ticks[0], full), (ticks[-1], full)], 4)]
         for method in dict.fromkeys(row["method"] for row in rows):
-            own = [[(row["slots"], row["score"]) for row in rows if (row["method"], row["length"], row["shift"]) ==
-                    (method, length, shift)] for shift in shifts]
+            own = [[(row["slots"], row["score"]) for row in rows if (row["method"], row["length"], row["capacity"]) ==
+                    (method, length, size)] for size in sizes]
             lines.append((COLORS[method], [np.mean(pairs, 0) for pairs in own], 0))
         body += plot(240 * panel, f"{length} tokens", lines, ticks, (0, 0.25, 0.5, 0.75, 1), log=True)
     return svg(740, 255, body + legend(COLORS))
@@ -1125,10 +1135,9 @@ def prepare(config, action):
     sources = sources or [out]                                             # where GPT and tokeniser are
     made, path = out / "config.json", next((f / "gpt.pt" for f in sources if (f / "gpt.pt").exists()), sources[-1] / "gpt.pt")
     if made.exists():
-        old, new = json.loads(made.read_text()), json.loads(json.dumps(vars(config)))
-        differs = {name: value for name, value in new.items() if name not in FREE and old.get(name) != value}
+        old = settings(out)
+        differs = ", ".join(f"{name} {value}" for name, value in vars(config).items() if name not in FREE and old.get(name) != value)
         if differs and action == "run":
-            differs = ", ".join(f"{name} {value}" for name, value in differs.items())
             raise ValueError(f"{out} holds a run with other settings than {differs}; give another --out, or delete it")
     elif (out / "gpt.pt").exists():
         raise ValueError(f"{out} holds a gpt.pt but no config.json: it is not a run of this version; give another --out")
@@ -1137,8 +1146,14 @@ def prepare(config, action):
     own = out if action in data.TASKS else sources[0]                      # where the vector is
     found = {"gpt": load(path, {"config", "model"}, config.device),
              "training": load(out / "training.pt", {"step", "model", "optimizers"}, config.device),
-             "evolution": load(out / "evolution.pt", {"next", "es", "history"}),
+             "evolution": load(out / "evolution.pt", {"next", "es", "average", "history"}),
              "namm": load(own / "namm.pt", {"params", "mean", "std", "cost"}, config.device)}
+    if found["gpt"]:
+        own_sizes = found["gpt"]["config"]
+        for name in OF_GPT[2:]:
+            if own_sizes.get(name) != getattr(config, name):
+                raise ValueError(f"--{name} {getattr(config, name)}: the GPT of {path.parent} has {own_sizes.get(name)}; leave the option out")
+        own_sizes["rope_scale"] = config.rope_scale                        # may be another than in training
     if (config.eval or action in data.TASKS) and not found["namm"]:
         raise ValueError(f"{own}: the run is not finished (no namm.pt); python evolve.py --resume {own} goes on")
     if world()[1] > config.batch_tokens // config.length:
@@ -1148,7 +1163,7 @@ def prepare(config, action):
         print("reading the text", flush=True)                              # which takes a few seconds
     texts = data.split(data.documents(config.corpus or None))
     encoding = data.tokenizer(config.tokenizer, config.vocab_size, sources[0] / "tokenizer.tiktoken", texts["train"])
-    learned = json.loads((sources[0] / "config.json").read_text())["corpus"] if config.eval else config.corpus
+    learned = settings(config.eval)["corpus"] if config.eval else config.corpus
     parts = data.make_parts(texts, encoding, config.length * max(*config.evolve_at, *config.report_at),
                             None if learned == config.corpus else data.split(data.documents(learned or None))["train"])
     names = [f.name for f in dataclasses.fields(GPTConfig)]

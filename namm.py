@@ -26,7 +26,8 @@ from torch.profiler import record_function
 
 N_FFT, HOP = 32, 16                # samples in a window, and from one window to the next
 F = N_FFT // 2 + 1                 # 17 frequency bins
-GAMMA = 0.99 ** HOP                # the moving average forgets this much a frame
+MEMORY = 0.99 ** 512               # what a block leaves of all before it in the moving average: the paper's 0.99 a token, for
+                                   # its blocks of 512 tokens, and as much for shorter ones
 N_AGE = 8                          # features of a token's age
 N_IN = N_AGE + F                   # 25 features a token
 WIDTH = 32                         # of the backward attention
@@ -78,12 +79,12 @@ def moments(attention, tail):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Spectrogram -> one spectrum a token (section 3.1)
 
-def moving_average(magnitudes, old):
+def moving_average(magnitudes, old, gamma):
     """E = gamma^frames * old + sum over frames t of (1 - gamma) * gamma^(frames - 1 - t) * magnitude t.
 
     magnitudes (B,K,S,frames,F), old (B,K,S,F), zero for a new slot -> (B,K,S,F). No correction of the start's bias."""
     for magnitude in magnitudes.unbind(3):                                 # (B,K,S,F)
-        old = magnitude.lerp(old, GAMMA)                                   # GAMMA * old + (1 - GAMMA) * magnitude
+        old = magnitude.lerp(old, gamma)                                   # gamma * old + (1 - gamma) * magnitude
     return old
 
 
@@ -184,11 +185,31 @@ def keep_best(scores, budget):
 
 
 def keep_best_of_all(scores, budget):
-    """For several layers whose heads share their slots: the newest slot of each head, and the best others of a row, wherever
-    they are, `budget` in all: [(B,K,S)], S as it may be -> [(B,K,S)] bool."""
+    """For layers whose heads share their slots: the newest slot of each head, and the best others of a row, wherever they are,
+    `budget` in all: [(B,K,S)], S as it may be -> [(B,K,S)] bool."""
     best = keep_best(torch.cat([newest(own, 1).flatten(1) for own in scores], dim=1), budget)        # (B, slots of a row)
     sizes = [own[0].numel() for own in scores]
     return [piece.view_as(own) for piece, own in zip(best.split(sizes, dim=1), scores)]
+
+
+def eviction(capacity, shared=0):
+    """f(layer, cache, scores, keep) that evicts what is not in `keep` (B,K,S) or not among the best by scores (B,K,S): a head's
+    best `capacity` (None: any number), or with a number of layers in `shared`, `capacity` in the mean over all their heads, when
+    the last of them was judged."""
+    waiting = []                                                           # (cache, scores, keep) of layers that share slots
+
+    def evict(layer, cache, scores, keep):
+        """Evict from one layer, or from all that share once this is the last."""
+        scores = scores.masked_fill(~cache.alive, -torch.inf)
+        if not (shared and capacity):
+            return cache.evict(keep & keep_best(scores, capacity) if capacity else keep)
+        waiting[layer:] = [(cache, scores, keep)]                          # whatever an interrupted block has left goes
+        if layer == shared - 1:
+            best = keep_best_of_all([scores for _, scores, _ in waiting], capacity * shared * scores.shape[1])
+            for (cache, _, keep), own in zip(waiting, best):
+                cache.evict(keep & own)
+            waiting.clear()
+    return evict
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,13 +222,13 @@ def spectra(cache, attention, sees):
     attention = attention.float()
     if "spectrum" not in cache.state:
         cache.state = {"tail": attention.new_zeros(B, K, S, HOP), "spectrum": attention.new_zeros(B, K, S, F)}
-    transform = {"values": values, "moments": moments}.get(sees, spectrogram)
+    transform, gamma = {"values": values, "moments": moments}.get(sees, spectrogram), MEMORY ** (HOP / T)
     tail, average = cache.state["tail"], cache.state["spectrum"]           # (B,K,S,HOP), (B,K,S,F)
     average = average.transpose(2, 3).contiguous().transpose(2, 3)         # slots last in memory, as in the attention
     for start in range(0, T, HOP):                                         # frame by frame: it fits the cache of a CPU
         piece, seen = attention[:, :, start:start + HOP], S - T + start + HOP
         magnitudes, _ = transform(piece[..., :seen], tail[:, :, :seen])    # younger slots have received nothing yet
-        average[:, :, :seen] = moving_average(magnitudes, average[:, :, :seen])
+        average[:, :, :seen] = moving_average(magnitudes, average[:, :, :seen], gamma)
         tail = piece.transpose(-1, -2)
     cache.state = {"tail": tail.contiguous(), "spectrum": average}
     return average
@@ -216,11 +237,11 @@ def spectra(cache, attention, sees):
 def namm(params, mean, std, threshold=0.0, capacity=None, sees="all", scorer="bam", per_head=True, shared=0):
     """A manager for GPT.hidden: called after each layer's attention, it evicts.
 
-    params (P,n), n = 4172 for BAM; mean and std (F,). A head keeps its best `capacity` slots at the most, whatever their
-    scores; with a number of layers in `shared`, all their heads do together, `capacity` in the mean. Until the first eviction
-    all candidates share one computation: the cache comes with one row a prompt, and leaves with P. The other switches are for
-    ablations: see SEES and SCORERS; without `per_head` all heads of a layer drop the same tokens, by the mean of their scores."""
-    waiting = []                                                           # (cache, keep, scores) of layers that share slots
+    params (P,n), n = 4172 for BAM; mean and std (F,). Of what scores `threshold` or more the best stay: see `eviction` for
+    `capacity` and `shared`. Until the first eviction all candidates share one computation: the cache comes with one row a
+    prompt, and leaves with P. The other switches are for ablations: see SEES and SCORERS; without `per_head` all heads of a
+    layer drop the same tokens, by the mean of their scores."""
+    evict = eviction(capacity, shared)
 
     def manage(layer, cache, attention):
         """Steps 1 to 5 for one layer's cache and the attention (B,K,T,S) of the block just read."""
@@ -239,15 +260,7 @@ def namm(params, mean, std, threshold=0.0, capacity=None, sees="all", scorer="ba
                 scores = scores.mean(1, keepdim=True).expand_as(scores)
             with record_function("eviction"):
                 cache.state["score"] = scores                              # for whoever wants to see it
-                scores = scores.masked_fill(~cache.alive, -torch.inf)
-                keep = keep_mask(scores, threshold)
-                if not (shared and capacity):
-                    return cache.evict(keep & keep_best(scores, capacity) if capacity else keep)
-                waiting[layer:] = [(cache, keep, scores)]                  # whatever an interrupted block has left goes
-                if layer == shared - 1:
-                    best = keep_best_of_all([scores for _, _, scores in waiting], capacity * shared * scores.shape[1])
-                    for (cache, keep, _), own in zip(waiting, best):
-                        cache.evict(keep & own)
+                evict(layer, cache, scores, keep_mask(scores, threshold))
     return manage
 
 
@@ -326,10 +339,11 @@ BASELINES = {f.__name__: f for f in (random, recent, streaming, h2o, fastgen, l2
 ATTENTIVE = {"h2o", "fastgen", "tova", "snapkv"}                           # those that look at the attention
 
 
-def baseline(name, budget, seed=0):
-    """A manager that keeps `budget` slots in every row, layer and head, by the rule `name` of BASELINES."""
-    generator = torch.Generator().manual_seed(seed)
+def baseline(name, budget, seed=0, shared=0):
+    """A manager that keeps `budget` slots in every row, layer and head, by the rule `name` of BASELINES; with a number of layers
+    in `shared`, that many in the mean over all their heads."""
+    generator, evict = torch.Generator().manual_seed(seed), eviction(budget, shared)
     def manage(layer, cache, attention):
         """Keep the best by the rule, from the attention (B,K,T,S) of the block just read; None if it looks at none."""
-        cache.evict(keep_best(BASELINES[name](cache, attention, budget, generator), budget))
+        evict(layer, cache, BASELINES[name](cache, attention, budget, generator), cache.alive)
     return manage

@@ -213,7 +213,7 @@ def test_moving_average_by_hand():
     want = old.clone()
     for frame in range(3):
         want = gamma * want + (1 - gamma) * magnitudes[:, :, :, frame]
-    torch.testing.assert_close(namm.moving_average(magnitudes, old), want)
+    torch.testing.assert_close(namm.moving_average(magnitudes, old, gamma), want)
 
 
 def naive_bam(x, p):
@@ -340,7 +340,8 @@ def naive_namm(gpt, tokens, delay, p, mean, std, capacity):
                 series = torch.cat([tail, received[0, head, :, s]])
                 for start in range(0, received.shape[2], 16):
                     wave = torch.fft.rfft(series[start:start + 32] * torch.hann_window(32)).abs()
-                    E = 0.99 ** 16 * E + (1 - 0.99 ** 16) * wave
+                    gamma = 0.99 ** (16 * 512 / delay)                     # per frame; 0.99 ** 16 for the paper's blocks of 512
+                    E = gamma * E + (1 - gamma) * wave
                 spectra.append((position, series[-16:], E))
                 angle = (cache.seen - 1 - position) * 50000 ** (-torch.arange(4) / 4)
                 rows.append(torch.cat([angle.sin(), angle.cos(), ((E - mean) / std).asinh()]))
@@ -796,7 +797,7 @@ def test_exact_match_is_what_greedy_decoding_would_write(parts):
         batch.tokens[:, 1:][swap] = guess[swap]
     config = evolve.Config(device="cpu", delay=64)
     exact, likelihood, logprob, cache = evolve.evaluate(gpt, batch, config)
-    assert cache.tolist() == [[1.0]] * 4
+    assert cache.tolist() == [1.0] * 4
     for row in range(4):
         rights, logs = [], []
         for which in range(1, int(batch.answer[row].max()) + 1):
@@ -811,39 +812,45 @@ def test_exact_match_is_what_greedy_decoding_would_write(parts):
         assert likelihood[row].item() == pytest.approx(np.mean(np.exp(logs)), abs=1e-3)
 
 
-def test_slots_have_their_price(parts):
-    """Catches: a price that the full cache pays too, one that does not grow with the length, or counts only one layer."""
-    made = parts[2]
+def test_fitness_is_the_candidate_s_own(parts):
+    """Three candidates, read two at a time, on two tasks at two lengths, against each by itself, prompt by prompt. Catches: a
+    candidate that gets another one's fitness, a group left out, prompts that differ between candidates, a task without its
+    divisor, lengths weighed unequally."""
+    made, statistics, best = parts[2], (torch.zeros(17), torch.ones(17)), {"kv": 0.01, "copy": 0.05}
     torch.manual_seed(0)
     gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, n_hidden=32)).eval()
-    params = 0.3 * torch.randn(3, 4172)
-    for times in (1, 4):
-        got = {}
-        for price in (0.0, 0.5):
-            config = evolve.Config(device="cpu", price=price, rows=2)
-            judge = lambda who: evolve.fitness(gpt, who, (torch.zeros(17), torch.ones(17)), {"kv": 0.01}, made["evolve"], ["kv"],
-                                               lambda rng: [times], 2, np.random.default_rng(0), config)
-            got[price] = judge(params), judge(None)
-        batch = data.batch(made["evolve"], ["kv"] * 2, np.random.default_rng(0), times * 256)
-        for candidate in range(3):                                         # what is in its caches, counted slot by slot
-            cache = gpt.new_cache(2, renumber=True)
-            model.read(gpt, batch.tokens[:, :batch.context], cache, 64, namm.namm(
-                params[candidate][None], torch.zeros(17), torch.ones(17), capacity=config.capacity), weights=True)
-            slots = torch.stack([layer.alive.sum(-1) for layer in cache]).float().mean().item()
-            free, paid = (got[price][0][0][candidate].item() for price in (0.0, 0.5))
-            assert free - paid == pytest.approx(0.5 * slots / 256, abs=1e-4)
-        assert got[0.0][1][0] == got[0.5][1][0]
+    with torch.no_grad():
+        for p in gpt.parameters():                                         # a GPT for which the cache matters
+            p += 0.1 * torch.randn_like(p)
+    params, config, want = 0.3 * torch.randn(3, 4172), evolve.Config(device="cpu", rows=4), torch.zeros(2, 4)
+    got, kept = evolve.fitness(gpt, params, statistics, best, made["evolve"], ["kv", "copy"], lambda rng: [1, 2], 2,
+                               np.random.default_rng(0), config)
+    [full], _ = evolve.fitness(gpt, None, statistics, best, made["evolve"], ["kv", "copy"], lambda rng: [1, 2], 2,
+                               np.random.default_rng(0), config)
+    rng = np.random.default_rng(0)
+    for task, times in (("kv", 1), ("kv", 2), ("copy", 1), ("copy", 2)):
+        batch = data.batch(made["evolve"], [task] * 2, rng, times * 256)
+        for prompt in range(2):
+            alone = dataclasses.replace(batch, tokens=batch.tokens[prompt:prompt + 1], answer=batch.answer[prompt:prompt + 1])
+            for who in range(4):                                           # the last is the full cache
+                manage = None if who == 3 else evolve.manager(params[who:who + 1], statistics, config)
+                with torch.no_grad():
+                    _, likelihood, _, cache = evolve.answers(gpt, alone, config, manage, manage is not None)
+                want[:, who] += torch.stack([likelihood[0] / best[task], cache[0]]) / 8
+    torch.testing.assert_close(torch.cat([got, full[None]]).float(), want[0], atol=1e-5, rtol=1e-3)
+    assert kept == pytest.approx(want[1, :3].mean().item(), abs=1e-5) and got.std() > 0.01 * got.mean()
 
 
 def test_a_rule_gets_the_slots_of_namm(parts):
-    """Catches: a rule with more or fewer slots than NAMM has, or in another layer."""
+    """Catches: a rule with more or fewer slots than NAMM has, or one that shares them though its name does not say so."""
     torch.manual_seed(0)
     gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, n_hidden=32, n_layer=3)).eval()
     tokens = torch.randint(parts[1].n_vocab, (2, 128))
-    for method, want in {"tova_by_layer": [5, 9, 1], "tova": [5, 5, 5], "recent": [5, 5, 5]}.items():
+    for method in ("tova", "recent", "tova_shared", "snapkv_shared"):
         cache = gpt.new_cache(2)
-        model.read(gpt, tokens, cache, 64, *evolve.rule(method, None, None, [4.2, 9.0, 0.0], evolve.Config(device="cpu")))
-        assert [layer.alive.sum(-1).unique().tolist() for layer in cache] == [[n] for n in want]
+        model.read(gpt, tokens, cache, 64, *evolve.rule(method, None, None, 4.2, evolve.Config(device="cpu")))
+        slots = torch.stack([layer.alive.sum((1, 2)) for layer in cache])                    # (layers,B), one head each
+        assert (slots.sum(0) == 15).all() and (slots == 5).all() != method.endswith("_shared")
 
 
 def test_bfloat16_gives_nearly_the_same_answers(parts, monkeypatch):
@@ -904,7 +911,7 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(smoke):
     results = json.loads((out / "results.json").read_text())
     rows = {(row["method"], row["task"], row["length"]): row for row in results["report"]}
     methods = {"full", "ntk", "namm", "random", "recent", "streaming", "h2o", "fastgen", "l2", "tova", "snapkv",
-               "tova_by_layer"}
+               "tova_shared", "snapkv_shared"}
     assert set(rows) == {(m, t, n) for n in (64, 256, 512) for m in (methods if n < 512 else evolve.FAR) for t in data.TASKS}
     for (method, task, length), row in rows.items():
         assert set(row) - {"depths"} == {"method", "task", "length", "score", "logprob", "relative", "cache", "seed", "lead",
@@ -923,6 +930,16 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(smoke):
     assert untimed(again) == untimed(results)
     other = run(*settings, "--steps", 3)
     assert other.returncode == 2 and "steps 3" in other.stderr and len(other.stderr.splitlines()) == 1
+
+
+def test_a_base_brings_its_sizes_and_no_more(smoke, corpus):
+    """`--base` of a GPT with other sizes than the preset's, read with another scale of its angles. Catches: a cache managed for
+    another number of layers, a scale that only the report knows."""
+    config, action = evolve.parse(["--device", "cpu", "--base", str(smoke[0]), "--rope_scale", "2", "--corpus", str(corpus), "--out",
+                                   str(smoke[0].parent / "other")])
+    assert (config.n_embd, config.head_dim, config.length, config.steps) == (32, 8, 256, 1500)
+    found = evolve.prepare(config, action)[-1]["gpt"]
+    assert evolve.restored(found, "cpu").config.rope_scale == 2.0
 
 
 def test_a_finished_run_is_shown_and_reported_on_again(smoke):
@@ -975,6 +992,24 @@ def test_watch_tells_who_stays_and_by_what_score(parts):
             assert layer.positions[row, 0][layer.alive[row, 0]].tolist() == fate["lives"][row, 0].nonzero()[:, 0].tolist()
         kept.append(stays.float().mean().item())
     assert 0 < min(kept) < max(kept) < 1
+
+
+def test_what_is_kept_is_an_average_of_the_means(parts):
+    """Twelve generations: up to the tenth the plain average of the means, then nine parts of it and one of the new; the vector is
+    that of the best validation. Catches: the mean itself, or a candidate, that is kept; an average that counts generation 0."""
+    torch.manual_seed(0)
+    gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, head_dim=8, n_hidden=32, n_layer=2)).eval()
+    config = evolve.Config(**evolve.PRESETS["smoke"] | dict(device="cpu", n_layer=2, generations=12, validate=1, evolve_at=(1,)))
+    states = []
+    chosen, *_ = evolve.evolve(gpt, parts[2], config, lambda line: None, None, states.append)
+    means = [state["es"]["mean"] for state in states]
+    want = [torch.stack(means[1:g + 1]).mean(0) for g in range(1, 11)]
+    for g in (11, 12):
+        want.append(0.9 * want[-1] + 0.1 * means[g])
+    for average, state in zip(want, states[1:], strict=True):
+        torch.testing.assert_close(state["average"], average)
+    best = max(range(12), key=lambda g: states[g + 1]["history"][g + 1]["mean"])
+    torch.testing.assert_close(chosen, (want[best] * namm.scale("bam")).float())
 
 
 def test_memory_does_not_grow(parts):
@@ -1112,8 +1147,10 @@ def test_table_by_hand():
     (["--scorer", "x"], "scorer"), (["--heads", "x"], "heads"), (["--slots", "x"], "slots"), (["--stages", "4"], "stages"), (["--evolve_at", "2,0"], "evolve_at"),
     (["--evolve_at", "a"], "evolve_at"), (["--sigma", "-1"], "sigma"), (["--unknown", "1"], "unknown"),
     (["--preset", "huge"], "preset"), (["--covariance", "none"], "covariance"), (["--positions", "x"], "positions"), (["--methods", "h2o"], "methods"),
-    (["--base", "{dir}/missing"], "gpt.pt"), (["--resume", "{dir}/missing"], "holds no run"), (["--generations", "0"], "generations"), (["--far_prompts", "0"], "far_prompts"),
-    (["--vocab_size", "200"], "vocab_size"), (["--capacity", "-1"], "capacity"), (["--price", "-1"], "price"), (["--recall", "1.5"], "recall"), (["--length", "63"], "length"), (["--tokenizer", "no-such-encoding"], "tokenizer"), (["--device", "tpu"], "device"),
+    (["--base", "{dir}/missing"], "holds no run"), (["--base", "{dir}/begun"], "no gpt.pt"), (["--base", "{dir}/torn"], "not a file of this program"),
+    (["--resume", "{dir}/list"], "not a file of this program"), (["--base", "{dir}/larger", "--n_layer", "2"], "has 5"),
+    (["--resume", "{dir}/missing"], "holds no run"), (["--generations", "0"], "generations"), (["--far_prompts", "0"], "far_prompts"),
+    (["--vocab_size", "200"], "vocab_size"), (["--capacity", "-1"], "capacity"), (["--recall", "1.5"], "recall"), (["--length", "63"], "length"), (["--tokenizer", "no-such-encoding"], "tokenizer"), (["--device", "tpu"], "device"),
 ])
 def test_bad_input_ends_in_a_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, says):
     """Exit code 2, a line that names the cause, no traceback, no folder. Catches: errors after work was done."""
@@ -1125,8 +1162,11 @@ def test_bad_input_ends_in_a_line_and_leaves_nothing(tmp_path, monkeypatch, caps
     (tmp_path / "begun" / "config.json").write_text(json.dumps({"length": 64, "report_at": [1]}))
     (tmp_path / "older").mkdir()
     (tmp_path / "older" / "config.json").write_text(json.dumps({"colour": "red"}))
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "damaged").mkdir()
+    for name, config in {"foreign": "{}", "damaged": "{}", "torn": '{"seed": 0', "list": "[1, 2]", "larger": "{}"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+    sizes = {f.name: f.default for f in dataclasses.fields(model.GPTConfig)} | dict(n_layer=5, n_embd=32, head_dim=8, n_hidden=64)
+    torch.save({"config": sizes, "model": {}}, tmp_path / "larger" / "gpt.pt")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign" / "gpt.pt")
     (tmp_path / "damaged" / "gpt.pt").write_bytes(b"PK torn")
     monkeypatch.setattr(sys, "argv", ["evolve.py", "--preset", "smoke", "--device", "cpu", "--out", str(tmp_path / "out"),
