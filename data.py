@@ -198,9 +198,9 @@ def make_parts(texts, encoding, longest, learned_from=None):
     spelled |= {token: encoding.decode_single_token_bytes(token) for token in new}
     ends_line = np.array([spelled.get(token, b"").endswith(b"\n") for token in range(encoding.n_vocab)])
     blank = np.array([not spelled.get(token, b"").strip() for token in range(encoding.n_vocab)])
-    looks_back = np.array([not re.search(rb"[A-Za-z]{3,}", spelled.get(token, b"")) for token in range(encoding.n_vocab)])
-    return {name: Part(stream, words[name], words["values"], ends_line, blank, looks_back, encoding.encode_ordinary, encoding.decode)
-            for name, stream in streams.items()}
+    looks_back = np.array([not re.search(rb"[A-Za-z]{3}", spelled.get(token, b"")) for token in range(encoding.n_vocab)])
+    return {name: Part(stream, words[name], words["values"], ends_line, blank, looks_back, encoding.encode_ordinary,
+                       encoding.decode) for name, stream in streams.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,9 +379,9 @@ def told(tokens, answer, n):
 
 def training_batch(part, rng, rows, length, recall):
     """`rows` prompts of random tasks, and words to recall, (N, L-1): at a share `recall` of the places in a context where no word
-    of three letters or more stands, a word that was read before and will be asked for, any of them; -1 elsewhere. A large model expects what was said to matter
-    again, and its attention shows it. A tiny one's heads learn that only if told to; and what a token will be worth can
-    be seen in no attention that nobody paid to it."""
+    of three letters or more stands, a word that was read before and will be asked for, any of them; -1 elsewhere. A large model
+    expects what was said to matter again, and its attention shows it, at some tokens more than at others. A tiny one's heads
+    learn that only if told to; and what a token will be worth can be seen in no attention that nobody paid to it."""
     prompts = batch(part, rng.choice(list(TASKS), rows), rng, length)
     tokens, answer, words = prompts.tokens.numpy(), prompts.answer.numpy(), np.full((rows, length - 1), -1)
     for i, task in enumerate(prompts.tasks):

@@ -518,9 +518,9 @@ def report(gpt, params, statistics, part, config):
     """Every method on every task and length: [{method, task, length, score, logprob, relative, cache, seed, ...}].
 
     All methods answer the same prompts through the same blocks; the baselines keep as many slots in each layer as NAMM has on
-    average in that task at that length; those that end in `_shared`, as many in the mean over layers, as NAMM may. `ntk` is the full cache with the rotary base scaled to the length, as one would extend a GPT's context
-    without training. `lead`: NAMM's score minus the method's; `lead_se`, its standard error over prompts, paired.
-    `seconds` for all prompts. For needle, `depths`: the score by where it was, in five equal parts of the context."""
+    average in that task at that length; those that end in `_shared`, as many in the mean over layers, as NAMM may. `ntk` is the
+    full cache with the rotary base scaled to the length, as one would extend a GPT's context without training. `lead`: NAMM's
+    score minus the method's; `lead_se`, its standard error over prompts, paired. `seconds` for all prompts. For needle, `depths`: the score by where it was, in five equal parts of the context."""
     wanted = config.methods.split(",") if config.methods else METHODS
     chosen = {times: [m for m in METHODS if m in wanted and (times <= 4 or m in FAR)] for times in config.report_at}
     rows, total = [], len(data.TASKS) * sum(map(len, chosen.values()))
@@ -1077,18 +1077,20 @@ def bench(config, parts, gpt, evolved):
     kinds = {"full cache, fused": (None, False), "full cache, eager": (look, True), "eager, in pieces": (look, True),
              "NAMM, nothing evicted": (manager(torch.zeros_like(params[None]), statistics, config, capacity=0), True),
              "NAMM": (manager(params[None], statistics, config), True)}
-    print(f"{rows} rows, blocks of {delay} tokens, {torch.get_num_threads()} threads, {device}; tokens a second, and most slots\n\n"
+    print(f"{rows} rows, blocks of {delay} tokens, {torch.get_num_threads()} threads, {device}; tokens a second, and most slots a layer\n\n"
           f"| tokens | {' | '.join(kinds)} | slots in memory, full cache | NAMM |\n" + "|---" * (len(kinds) + 3) + "|")
     for times in config.report_at:
         text = torch.from_numpy(np.stack([parts["report"].text(np.random.default_rng(i), times * config.length)
                                           for i in range(rows)])).long().to(device)
-        taken, slots = {kind: [] for kind in kinds}, {}
+        taken, slots, held = {kind: [] for kind in kinds}, {}, []
         for again, (kind, (manage, weights)) in itertools.product(range(4), kinds.items()):        # in turn: one noise for all
             model.PIECE, slots[kind] = delay if kind == "full cache, eager" else piece, 0          # eager as usual: one matrix
 
             def watched(layer, cache, received):
-                """The manager; notes the most slots that were in memory."""
-                slots[kind] = max(slots[kind], cache.keys.shape[2])        # before the eviction: survivors and a block
+                """The manager; notes the most slots that were in memory, mean over layers."""
+                held[layer:] = [cache.keys.shape[2]]                       # before the eviction: survivors and a block
+                if layer == config.n_layer - 1:
+                    slots[kind] = max(slots[kind], math.ceil(np.mean(held)))
                 if manage:
                     manage(layer, cache, received)
 

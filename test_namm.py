@@ -1109,7 +1109,7 @@ def test_bench_prints_every_row(parts, monkeypatch, capsys):
     """Catches: a benchmark that breaks, and a cache that is masked instead of cut: NAMM's most slots are its capacity and
     one block at every length, the full cache's all tokens."""
     monkeypatch.setattr(torch.linalg, "eigh", lambda C: None)              # 4172 x 4172 takes half a minute
-    config = evolve.Config(**evolve.PRESETS["smoke"] | dict(device="cpu", report_at=(2, 8)))
+    config = evolve.Config(**evolve.PRESETS["smoke"] | dict(device="cpu", report_at=(2, 8), rows=1))
     gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, head_dim=8, n_hidden=32)).eval()
     evolve.bench(config, parts[2], gpt, None)
     out = capsys.readouterr().out
