@@ -520,7 +520,8 @@ def report(gpt, params, statistics, part, config):
     All methods answer the same prompts through the same blocks; the baselines keep as many slots in each layer as NAMM has on
     average in that task at that length; those that end in `_shared`, as many in the mean over layers, as NAMM may. `ntk` is the
     full cache with the rotary base scaled to the length, as one would extend a GPT's context without training. `lead`: NAMM's
-    score minus the method's; `lead_se`, its standard error over prompts, paired. `seconds` for all prompts. For needle, `depths`: the score by where it was, in five equal parts of the context."""
+    score minus the method's; `lead_se`, its standard error over prompts, paired. `seconds` for all prompts. For needle,
+    `depths`: the score by where it was, in five equal parts of the context."""
     wanted = config.methods.split(",") if config.methods else METHODS
     chosen = {times: [m for m in METHODS if m in wanted and (times <= 4 or m in FAR)] for times in config.report_at}
     rows, total = [], len(data.TASKS) * sum(map(len, chosen.values()))

@@ -662,13 +662,14 @@ def test_facts_fit_when_a_tokeniser_spells_every_mark_out(parts, length):
 
 
 def test_words_to_recall_were_read_before_and_are_asked_for(parts):
-    """Catches: a head that is asked for a word it cannot have read, or for one that nobody will want."""
+    """Catches: a head that is asked for a word it cannot have read, or for one that nobody will want, or at a word."""
     batch, words = data.training_batch(parts[2]["train"], np.random.default_rng(0), 40, 256, 0.25)
     places = words >= 0
     assert 0.1 < places[:, :batch.context].float().mean() < 0.25 and not places[:, batch.context:].any()
     for row, place in places.nonzero().tolist():
         word = words[row, place]
         assert batch.tasks[row] != "lm" and word in batch.tokens[row, :place] and word in batch.tokens[row][batch.answer[row] > 0]
+        assert not re.search("[A-Za-z]{3}", parts[1].decode([int(batch.tokens[row, place])]))
 
 
 def test_told_finds_what_the_facts_say():
