@@ -936,8 +936,8 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(smoke):
 def test_a_base_brings_its_sizes_and_no_more(smoke, corpus):
     """`--base` of a GPT with other sizes than the preset's, read with another scale of its angles. Catches: a cache managed for
     another number of layers, a scale that only the report knows."""
-    config, action = evolve.parse(["--device", "cpu", "--base", str(smoke[0]), "--rope_scale", "2", "--corpus", str(corpus), "--out",
-                                   str(smoke[0].parent / "other")])
+    config, action = evolve.parse(["--device", "cpu", "--base", str(smoke[0]), "--rope_scale", "2", "--report_at", "1", "--corpus", str(corpus),
+                                   "--out", str(smoke[0].parent / "other")])
     assert (config.n_embd, config.head_dim, config.length, config.steps) == (32, 8, 256, 1500)
     found = evolve.prepare(config, action)[-1]["gpt"]
     assert evolve.restored(found, "cpu").config.rope_scale == 2.0
