@@ -1151,6 +1151,8 @@ def prepare(config, action):
              "training": load(out / "training.pt", {"step", "model", "optimizers"}, config.device),
              "evolution": load(out / "evolution.pt", {"next", "es", "average", "history"}),
              "namm": load(own / "namm.pt", {"params", "mean", "std", "cost"}, config.device)}
+    if action == "bench" and not config.base:                              # any weights of the given sizes
+        found |= {"gpt": None, "namm": None}
     if found["gpt"]:
         own_sizes = found["gpt"]["config"]
         for name in OF_GPT[2:]:
