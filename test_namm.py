@@ -368,7 +368,7 @@ def test_population_in_one_pass_equals_one_candidate_at_a_time(capacity):
     """Three candidates on two prompts in one pass keep, in each layer and head, exactly the tokens that the method in
     plain loops keeps for each candidate and prompt alone. Catches: rows mixed up when the cache is stacked, statistics
     of dead slots leaking in, spectra that lose their slot at an eviction, the first block handled differently, dead slots
-    that take a live one's place within the capacity."""
+    that take a live one's place within the capacity, an average that forgets by the token."""
     gpt, tokens, delay = tiny_gpt(), some_tokens(2, 96), 32
     torch.manual_seed(3)
     params, mean, std = 0.2 * torch.randn(3, 4172), 0.1 * torch.rand(17), 0.05 + torch.rand(17)
