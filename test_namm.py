@@ -922,7 +922,7 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(smoke):
             assert row["cache"] == 1 and (method == "ntk" or row["relative"] in (1, None))
         elif method != "namm":                                             # at least NAMM's cache, at most a slot more
             context = length - data.room(length)
-            assert 0 <= row["cache"] - rows["namm", task, length]["cache"] <= 1 / context + 1e-6
+            assert -1e-6 <= row["cache"] - rows["namm", task, length]["cache"] <= 1 / context + 1e-6
     changed = (out / "gpt.pt").stat().st_mtime
     second = run(*settings)
     assert second.returncode == 0 and (out / "gpt.pt").stat().st_mtime == changed
