@@ -111,7 +111,7 @@ PRESETS = {
 
 
 FREE = ("out", "device", "methods", "report_prompts", "far_prompts", "report_at", "rows")   # may change when a run goes on
-OF_GPT = ("tokenizer", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_hidden", "rope_theta")   # --base
+SIZES = [f.name for f in dataclasses.fields(GPTConfig) if hasattr(Config, f.name) and f.name != "rope_scale"]   # what a GPT fixes
 
 
 def numbers(text):
@@ -119,7 +119,7 @@ def numbers(text):
     return tuple(int(number) for number in text.split(","))
 
 
-def settings(folder):
+def settings_of(folder):
     """{name: value}, the settings of the run in a folder. Raises ValueError, with a line for the user, if there is none, or one
     that this version cannot read."""
     path = pathlib.Path(folder) / "config.json"
@@ -154,9 +154,9 @@ def parse(argv=None):
     task, action = given.pop("task"), "bench" if given.pop("bench", False) else "run"
     for option in [name for name in ("resume", "eval", "show") if given.get(name)]:
         folder = pathlib.Path(given[option])
-        given = settings(folder) | {"out": str(folder / "eval" if option == "eval" else folder)} | given
+        given = settings_of(folder) | {"out": str(folder / "eval" if option == "eval" else folder)} | given
     if given.get("base"):
-        given = {name: value for name, value in settings(given["base"]).items() if name in OF_GPT} | given
+        given = {name: value for name, value in settings_of(given["base"]).items() if name in (*SIZES, "tokenizer")} | given
     given.pop("resume", None)
     action = task if given.pop("show", None) else action
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -1078,7 +1078,8 @@ def bench(config, parts, gpt, evolved):
     kinds = {"full cache, fused": (None, False), "full cache, eager": (look, True), "eager, in pieces": (look, True),
              "NAMM, nothing evicted": (manager(torch.zeros_like(params[None]), statistics, config, capacity=0), True),
              "NAMM": (manager(params[None], statistics, config), True)}
-    print(f"{rows} rows, blocks of {delay} tokens, {torch.get_num_threads()} threads, {device}; tokens a second, and most slots a layer\n\n"
+    print(f"{rows} rows, blocks of {delay} tokens, {torch.get_num_threads()} threads, {device}; tokens a second, and most slots a "
+          "layer\n\n"
           f"| tokens | {' | '.join(kinds)} | slots in memory, full cache | NAMM |\n" + "|---" * (len(kinds) + 3) + "|")
     for times in config.report_at:
         text = torch.from_numpy(np.stack([parts["report"].text(np.random.default_rng(i), times * config.length)
@@ -1138,7 +1139,7 @@ def prepare(config, action):
     sources = sources or [out]                                             # where GPT and tokeniser are
     made, path = out / "config.json", next((f / "gpt.pt" for f in sources if (f / "gpt.pt").exists()), sources[-1] / "gpt.pt")
     if made.exists():
-        old = settings(out)
+        old = settings_of(out)
         differs = ", ".join(f"{name} {value}" for name, value in vars(config).items() if name not in FREE and old.get(name) != value)
         if differs and action == "run":
             raise ValueError(f"{out} holds a run with other settings than {differs}; give another --out, or delete it")
@@ -1155,7 +1156,7 @@ def prepare(config, action):
         found |= {"gpt": None, "namm": None}
     if found["gpt"]:
         own_sizes = found["gpt"]["config"]
-        for name in OF_GPT[2:]:
+        for name in set(SIZES) - {"vocab_size"}:                           # which the tokeniser decides
             if own_sizes.get(name) != getattr(config, name):
                 raise ValueError(f"--{name} {getattr(config, name)}: the GPT of {path.parent} has {own_sizes.get(name)}; leave the option out")
         own_sizes["rope_scale"] = config.rope_scale                        # may be another than in training
@@ -1168,11 +1169,10 @@ def prepare(config, action):
         print("reading the text", flush=True)                              # which takes a few seconds
     texts = data.split(data.documents(config.corpus or None))
     encoding = data.tokenizer(config.tokenizer, config.vocab_size, sources[0] / "tokenizer.tiktoken", texts["train"])
-    learned = settings(config.eval)["corpus"] if config.eval else config.corpus
+    learned = settings_of(config.eval)["corpus"] if config.eval else config.corpus
     parts = data.make_parts(texts, encoding, config.length * max(*config.evolve_at, *config.report_at),
                             None if learned == config.corpus else data.split(data.documents(learned or None))["train"])
-    names = [f.name for f in dataclasses.fields(GPTConfig)]
-    sizes = {name: value for name, value in vars(config).items() if name in names} | {"vocab_size": encoding.n_vocab}
+    sizes = {name: getattr(config, name) for name in (*SIZES, "rope_scale")} | {"vocab_size": encoding.n_vocab}
     return out, encoding, parts, sizes, found
 
 
