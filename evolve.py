@@ -323,16 +323,20 @@ def evaluate(gpt, batch, config, manage=None, weights=False):
     try:
         return answers(gpt, batch, config, manage, weights)
     except torch.OutOfMemoryError:
-        half = len(batch.tokens) // 2
-        if half == 0:
+        N = len(batch.tokens)
+        if N == 1:
             raise
     config.rows = max(1, config.rows // 2)                                 # from now on
     tqdm.write(f"out of memory: reading {config.rows} rows at once from here on")
-    halves = [dataclasses.replace(batch, tokens=batch.tokens[own], answer=batch.answer[own])
-              for own in (slice(0, half), slice(half, None))]
-    pairs = zip(*(evaluate(gpt, piece, config, manage, weights) for piece in halves))
-    return [torch.cat([a.unflatten(0, (-1, half)), b.unflatten(0, (-1, len(batch.tokens) - half))], dim=1).flatten(0, 1)
-            for a, b in pairs]
+    pieces = zip(*(evaluate(gpt, half, config, manage, weights) for half in pieces_of(batch, (N + 1) // 2)))
+    return [torch.cat([piece.unflatten(0, (-1, n)) for piece, n in zip(halves, ((N + 1) // 2, N // 2))], dim=1).flatten(0, 1)
+            for halves in pieces]
+
+
+def pieces_of(batch, rows):
+    """A Batch cut into several of at most `rows` rows."""
+    return [dataclasses.replace(batch, tokens=tokens, answer=answer)
+            for tokens, answer in zip(batch.tokens.split(rows), batch.answer.split(rows))]
 
 
 def said(gpt, batch, config, manage, weights):
@@ -342,7 +346,7 @@ def said(gpt, batch, config, manage, weights):
     with precision(config.device):
         cache = gpt.new_cache(len(batch.tokens), config.positions == "renumbered")
         read(gpt, batch.tokens[:, :n], cache, config.delay if manage else n, manage, weights)    # uncut: in one block
-        kept = torch.stack([layer.kept() for layer in cache]).mean(0)                        # (B,)
+        kept = model.kept(cache)                                                             # (B,)
         tokens, answer = (x[:, n:].repeat(cache[0].copies, 1) for x in (batch.tokens, batch.answer))         # (B,Q)
         row, at = answer.nonzero(as_tuple=True)                                              # (M,)
         hidden = gpt.hidden(tokens[:, :-1], cache)                                           # (B,Q-1,C)
@@ -498,9 +502,17 @@ OTHERS = tuple(task for task in data.TASKS if task not in data.EVOLVED)    # tas
 FAR = ("namm", "full", "ntk", "streaming", "h2o", "tova", "snapkv", "tova_shared", "snapkv_shared")       # also beyond 4 x
 
 
-def ask(gpt, batches, config, manage, weights):
-    """As `evaluate`, for several batches."""
-    return [torch.cat(got) for got in zip(*(evaluate(gpt, batch, config, manage, weights) for batch in batches))]
+def every_task(part, count, seed, length, device):
+    """`count` prompts of each task, task by task, in one Batch on the device. seed: a list of numbers."""
+    batches = [prompts(part, task, count, np.random.default_rng([*seed, t]), length, device) for t, task in enumerate(data.TASKS)]
+    return dataclasses.replace(batches[0], tokens=torch.cat([batch.tokens for batch in batches]),
+                               answer=torch.cat([batch.answer for batch in batches]))
+
+
+def ask(gpt, batch, config, manage, weights):
+    """As `evaluate`, `rows` rows at a time, or, where nothing is evicted, as many tokens as those have at the training length."""
+    rows = config.rows if manage else max(1, config.rows * config.length // batch.tokens.shape[1])
+    return [torch.cat(got) for got in zip(*(evaluate(gpt, piece, config, manage, weights) for piece in pieces_of(batch, rows)))]
 
 
 def rule(method, params, statistics, slots, config):
@@ -511,47 +523,44 @@ def rule(method, params, statistics, slots, config):
         return manager(params[None].to(config.device), statistics, config), True
     name = method.removesuffix("_shared")
     shared = config.n_layer if name != method else 0
-    return namm.baseline(name, max(1, math.ceil(slots)), config.seed, shared), name in namm.ATTENTIVE
+    budget = max(1, math.ceil(slots - 1e-3))                               # 40.000001, by rounding, are 40
+    return namm.baseline(name, budget, config.seed, shared), name in namm.ATTENTIVE
 
 
 def report(gpt, params, statistics, part, config):
     """Every method on every task and length: [{method, task, length, score, logprob, relative, cache, seed, ...}].
 
     All methods answer the same prompts through the same blocks; the baselines keep as many slots in each layer as NAMM has on
-    average in that task at that length; those that end in `_shared`, as many in the mean over layers, as NAMM may. `ntk` is the
-    full cache with the rotary base scaled to the length, as one would extend a GPT's context without training. `lead`: NAMM's
-    score minus the method's; `lead_se`, its standard error over prompts, paired. `seconds` for all prompts. For needle,
-    `depths`: the score by where it was, in five equal parts of the context."""
-    wanted = config.methods.split(",") if config.methods else METHODS
+    average at that length; those that end in `_shared`, as many in the mean over layers, as NAMM may. `ntk` is the full cache
+    with the rotary base scaled to the length, as one would extend a GPT's context without training. `lead`: NAMM's score minus
+    the method's; `lead_se`, its standard error over prompts, paired. `seconds`: for the prompts of all tasks, divided by the
+    number of tasks. For needle, `depths`: the score by where it was, in five equal parts of the context."""
+    wanted, rows = config.methods.split(",") if config.methods else METHODS, []
     chosen = {times: [m for m in METHODS if m in wanted and (times <= 4 or m in FAR)] for times in config.report_at}
-    rows, total = [], len(data.TASKS) * sum(map(len, chosen.values()))
-    bar = tqdm(total=total, desc="report", mininterval=1, dynamic_ncols=True, disable=None)
+    bar = tqdm(total=sum(map(len, chosen.values())), desc="report", mininterval=1, dynamic_ncols=True, disable=None)
     for times in config.report_at:
-        for t, task in enumerate(data.TASKS):
-            length, rng = times * config.length, np.random.default_rng([config.seed, 4, times, t])
-            asked = config.report_prompts if times <= 4 else config.far_prompts
-            counts = [min(config.rows, asked - i) for i in range(0, asked, config.rows)]
-            batches = [prompts(part, task, count, rng, length, config.device) for count in counts]
-            at, slots = {}, None
-            for method in chosen[times]:
-                began = time.time()
-                gpt.config.rope_scale = config.rope_scale * (times if method == "ntk" else 1)
-                exact, _, logprob, cache = ask(gpt, batches, config, *rule(method, params, statistics, slots, config))
-                got = score(task, exact, logprob)
+        length, count = times * config.length, config.report_prompts if times <= 4 else config.far_prompts
+        batch, at, slots = every_task(part, count, [config.seed, 4, times], length, config.device), {}, None
+        for method in chosen[times]:
+            began = time.time()
+            gpt.config.rope_scale = config.rope_scale * (times if method == "ntk" else 1)
+            exact, _, logprob, cache = ask(gpt, batch, config, *rule(method, params, statistics, slots, config))
+            if method == "namm":
+                slots = cache.mean().item() * batch.context
+            of_task = lambda x: dict(zip(data.TASKS, x.split(count)))
+            exact, logprob, cache, taken = of_task(exact), of_task(logprob), of_task(cache), time.time() - began
+            for task, own in zip(data.TASKS, pieces_of(batch, count)):
+                got = score(task, exact[task], logprob[task])
                 # what each prompt adds to the score; for 1 / perplexity, to first order
-                each = got * (1 + logprob - logprob.mean()) if task == "lm" else exact
-                at[method] = each
-                if method == "namm":
-                    slots = cache.mean().item() * batches[0].context
-                lead = at["namm"] - each
-                row = dict(method=method, task=task, length=length, score=got, logprob=logprob.mean().item(), relative=None,
-                           cache=cache.mean().item(), seed=config.seed, lead=lead.mean().item(),
-                           lead_se=(lead.var(correction=0) / len(lead)).sqrt().item(), seconds=time.time() - began)
+                at[method, task] = got * (1 + logprob[task] - logprob[task].mean()) if task == "lm" else exact[task]
+                lead = at["namm", task] - at[method, task]
+                rows.append(dict(method=method, task=task, length=length, score=got, logprob=logprob[task].mean().item(),
+                                 relative=None, cache=cache[task].mean().item(), seed=config.seed, lead=lead.mean().item(),
+                                 lead_se=(lead.var(correction=0) / count).sqrt().item(), seconds=taken / len(data.TASKS)))
                 if task == "needle":
-                    depth = torch.cat([data.depth(batch) for batch in batches])                  # (N,) in 0..4
-                    row["depths"] = [exact[depth == d].mean().item() if (depth == d).any() else None for d in range(5)]
-                rows.append(row)
-                bar.update()
+                    depth = data.depth(own)                                # (count,) in 0..4
+                    rows[-1]["depths"] = [exact[task][depth == d].mean().item() if (depth == d).any() else None for d in range(5)]
+            bar.update()
     gpt.config.rope_scale = config.rope_scale
     full = {(row["task"], row["length"]): row["score"] for row in rows if row["method"] == "full"}
     for row in rows:
@@ -566,7 +575,7 @@ def stream(gpt, params, statistics, part, config):
     baselines keep as many slots as NAMM has at the end."""
     rng, rows, slots = np.random.default_rng([config.seed, 6]), [], None
     ends = [times * config.length for times in config.report_at]
-    text = torch.from_numpy(np.stack([part.text(rng, ends[-1]) for _ in range(config.rows)])).long().to(config.device)
+    text = torch.from_numpy(np.stack([part.text(rng, ends[-1]) for _ in range(min(16, config.rows))])).long().to(config.device)
     for method in ("namm", "full", "recent", "streaming", "h2o", "tova"):
         manage, weights = rule(method, params, statistics, slots, config)
         cache, bits = gpt.new_cache(len(text), config.positions == "renumbered"), []
@@ -576,7 +585,7 @@ def stream(gpt, params, statistics, part, config):
             after = text[:, cache[0].seen - block.shape[1] + 1:cache[0].seen + 1]                # (B,T), or one fewer
             bits.append(torch.nn.functional.cross_entropy(logits[:, :after.shape[1]].transpose(1, 2), after,
                                                           reduction="none") / math.log(2))
-        bits, share = torch.cat(bits, dim=1), np.mean([layer.kept().mean().item() for layer in cache])
+        bits, share = torch.cat(bits, dim=1), model.kept(cache).mean().item()
         slots = slots or share * ends[-1]
         rows += [{"method": method, "from": start, "to": end, "bits": bits[:, start:end].mean().item(), "cache": share,
                   "seed": config.seed} for start, end in zip([0] + ends, ends)]
@@ -585,23 +594,19 @@ def stream(gpt, params, statistics, part, config):
 
 def curve(gpt, params, statistics, part, config):
     """Score against slots: [{method, length, capacity, slots, score, seed}], means over tasks. One evolved vector gives NAMM's
-    whole curve: the best by its scores, as many as the `capacity` is. The baselines keep as many slots as it has, task by task."""
+    whole curve: the best by its scores, as many as the `capacity` is. The baselines keep as many slots as it has."""
     rows = []
     for length in [times * config.length for times in config.report_at if times != 8]:
-        batches = [prompts(part, task, min(8, config.far_prompts), np.random.default_rng([config.seed, 7, length, t]), length,
-                           config.device) for t, task in enumerate(data.TASKS)]
+        batch = every_task(part, min(8, config.far_prompts), [config.seed, 7, length], length, config.device)
         for share in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4):
-            capacity, got = math.ceil(share * (config.capacity or config.delay)), {}
+            capacity, slots = math.ceil(share * (config.capacity or config.delay)), None
             cut = dataclasses.replace(config, capacity=capacity, threshold=-math.inf)
-            for task, batch in zip(data.TASKS, batches):
-                slots = None
-                for method in ("namm", "streaming", "h2o", "tova", "snapkv"):
-                    exact, _, logprob, cache = evaluate(gpt, batch, config, *rule(method, params, statistics, slots, cut))
-                    slots = slots or cache.mean().item() * batch.context
-                    got.setdefault(method, []).append((slots, score(task, exact, logprob)))
-            for method, pairs in got.items():
-                slots, mean = np.mean(pairs, 0).tolist()
-                rows.append(dict(method=method, length=length, capacity=capacity, slots=slots, score=mean, seed=config.seed))
+            for method in ("namm", "streaming", "h2o", "tova", "snapkv"):
+                exact, _, logprob, cache = ask(gpt, batch, cut, *rule(method, params, statistics, slots, cut))
+                slots = slots or cache.mean().item() * batch.context
+                got = zip(data.TASKS, exact.chunk(len(data.TASKS)), logprob.chunk(len(data.TASKS)))
+                rows.append(dict(method=method, length=length, capacity=capacity, slots=slots, seed=config.seed,
+                                 score=float(np.mean([score(*own) for own in got]))))
     return rows
 
 
@@ -676,9 +681,8 @@ def lost(gpt, params, statistics, part, config):
     rows = []
     for times, method in itertools.product([times for times in config.report_at if times <= 4], ("full", "namm")):
         rng = np.random.default_rng([config.seed, 9, times])
-        batches = [prompts(part, data.quote, config.rows, rng, times * config.length, config.device)
-                   for _ in range(math.ceil(config.report_prompts / config.rows))]
-        exact, _, logprob, _ = ask(gpt, batches, config, *rule(method, params, statistics, None, config))
+        batch = prompts(part, data.quote, config.report_prompts, rng, times * config.length, config.device)
+        exact, _, logprob, _ = ask(gpt, batch, config, *rule(method, params, statistics, None, config))
         rows.append(dict(method=method, length=times * config.length, score=exact.mean().item(),
                          logprob=logprob.mean().item(), seed=config.seed))
     return rows
@@ -1120,7 +1124,7 @@ def bench(config, parts, gpt, evolved):
               + ("" if diagonal else f"; an eigendecomposition every {es.lazy_gap}: "
                  f"{seconds(lambda: torch.linalg.eigh(es.C), 'cpu', 0):.1f} s"))
     words = data.training_batch(parts["train"], np.random.default_rng(0), config.batch_tokens // config.length, config.length, 0.25)
-    took = seconds(lambda: train(gpt, lambda step: (*words, step), 4, 1e-9, precision(device)), device) / 4
+    took = seconds(lambda: train(gpt, [(*words, 0)] * 4, 4, 1e-9, precision(device)), device) / 4
     # 6 operations a weight and token, 12 a layer, head width and slot (Kaplan et al. 2020), as if nothing were sampled
     work = config.batch_tokens * (6 * sum(p.numel() for p in gpt.parameters()) + 12 * config.n_layer * config.n_head
                                   * config.head_dim * config.length)
@@ -1156,8 +1160,8 @@ def prepare(config, action):
         found |= {"gpt": None, "namm": None}
     if found["gpt"]:
         own_sizes = found["gpt"]["config"]
-        for name in set(SIZES) - {"vocab_size"}:                           # which the tokeniser decides
-            if own_sizes.get(name) != getattr(config, name):
+        for name in SIZES:                                                 # the tokeniser decides vocab_size
+            if name != "vocab_size" and own_sizes.get(name) != getattr(config, name):
                 raise ValueError(f"--{name} {getattr(config, name)}: the GPT of {path.parent} has {own_sizes.get(name)}; leave the option out")
         own_sizes["rope_scale"] = config.rope_scale                        # may be another than in training
     if (config.eval or action in data.TASKS) and not found["namm"]:
@@ -1193,21 +1197,27 @@ def base_model(out, part, sizes, found, config, log):
     gpt = GPT(GPTConfig(**sizes)).to(config.device)
     lengths = sorted(config.length >> k for k in range(config.length.bit_length()) if config.length >> k >= 64)
 
-    def sample(step):
-        """The shortest prompts at first, then all lengths but the longest, then mostly that. The heads are asked to recall once
-        they have found their work."""
-        rng, done = np.random.default_rng([config.seed, 0, step]), step / config.steps
-        last = np.array([1] * (len(lengths) - 1) + [2 * len(lengths[1:]) or 1])
-        length = int(lengths[0] if done < 0.25 else rng.choice(lengths[:-1] or lengths) if done < 0.5
-                     else rng.choice(lengths, p=last / last.sum()))
-        batch, words = data.training_batch(part, rng, config.batch_tokens // length, length,
-                                           config.recall if done >= 0.25 else 0.0)
-        return batch, words, config.seed * 1_000_003 + step
+    class Steps(torch.utils.data.Dataset):
+        """Step -> its batch, words to recall, and seed. The shortest prompts at first, then all lengths but the longest, then
+        mostly that. The heads are asked to recall once they have found their work."""
 
+        def __getitem__(self, step):
+            rng, done = np.random.default_rng([config.seed, 0, step]), step / config.steps
+            last = np.array([1] * (len(lengths) - 1) + [2 * len(lengths[1:]) or 1])
+            length = int(lengths[0] if done < 0.25 else rng.choice(lengths[:-1] or lengths) if done < 0.5
+                         else rng.choice(lengths, p=last / last.sum()))
+            batch, words = data.training_batch(part, rng, config.batch_tokens // length, length,
+                                               config.recall if done >= 0.25 else 0.0)
+            return batch, words, config.seed * 1_000_003 + step
+
+    # a GPT on a CUDA device learns faster than one process writes prompts
+    workers = {"num_workers": min(8, os.cpu_count()), "multiprocessing_context": "fork"} if config.device == "cuda" else {}
+    batches = torch.utils.data.DataLoader(Steps(), batch_size=None, sampler=range(state["step"] if state else 0, config.steps),
+                                          **workers)
     log(f"training a GPT of {sum(p.numel() for p in gpt.parameters()):,} parameters"
         + (f", from step {state['step']}" if state else ""))
     start = time.time()
-    train(gpt, sample, config.steps, config.lr, precision(config.device), state, lambda state: keep(out / "training.pt", state))
+    train(gpt, batches, config.steps, config.lr, precision(config.device), state, lambda state: keep(out / "training.pt", state))
     log(f"{config.steps * config.batch_tokens:,} tokens of training in {time.time() - start:.0f} s")
     keep(out / "gpt.pt", {"config": vars(gpt.config), "model": gpt.state_dict()})
     if world()[0] == 0:

@@ -112,9 +112,11 @@ class KVCache:
         self.state = {name: copies(x) for name, x in self.state.items()}
         self.copies *= times
 
-    def kept(self):
-        """Share of the tokens read that is alive, mean over heads, (B,)."""
-        return self.alive.sum(-1).float().mean(-1) / max(1, self.seen)
+
+def kept(cache):
+    """Share of the tokens read that is alive in a cache, a list with a KVCache for each layer: mean over layers and heads, (B,)."""
+    alive = sum(layer.alive.sum((1, 2)) for layer in cache)                # (B,)
+    return alive / (len(cache) * cache[0].alive.shape[1] * max(1, cache[0].seen))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,6 +197,7 @@ class Attention(nn.Module):
         if self.smear:
             q = sum(self.q_taps[:, j].view(K, g, 1, 1) * q[..., 3 - j:3 - j + T, :] for j in range(4))
             k = sum(self.k_taps[:, j].view(K, 1, 1) * k[..., 3 - j:3 - j + T, :] for j in range(4))
+            q, k = q.to(v.dtype), k.to(v.dtype)                            # autocast leaves sums in float32
         alive, at = None, torch.arange(T, device=x.device)
         if cache is not None:
             cache.append(k, v)
@@ -359,21 +362,21 @@ def losses(gpt, batch, recall, draw):
 def gradient(gpt, batch, recall, seed, rows, device, precision):
     """Add the gradient of some rows (n,) of a batch, with noise that does not depend on which; their losses, (4,n)."""
     own = replace(batch, tokens=batch.tokens[rows].to(device), answer=batch.answer[rows].to(device))
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.rand(len(recall), *shape, generator=generator)[rows].to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    draw = lambda *shape: torch.rand(len(recall), *shape, generator=generator, device=device)[rows.to(device)]
     with precision:
         answers, text, recalled, right = losses(gpt, own, recall[rows].to(device), draw)
     ((answers + 0.5 * text + recalled).sum() / len(recall)).backward()
     return torch.stack([answers, text, recalled, right]).detach()
 
 
-def train(gpt, sample, steps, lr, precision, state=None, keep=None):
+def train(gpt, batches, steps, lr, precision, state=None, keep=None):
     """Train the matrices of the layers by Muon, all else by AdamW: a short warm-up, then a straight decay to 5 %.
 
-    sample(step) gives the step's prompts, with tokens (N,L), answer (N,L), tasks [name] * N; words to recall (N,L-1); and a
-    seed: the same in all processes, each of which takes its rows. `precision`: a context to compute the loss in. Out of
+    `batches` gives for each step to come its prompts, with tokens (N,L), answer (N,L), tasks [name] * N; words to recall (N,L-1);
+    and a seed: the same in all processes, each of which takes its rows. `precision`: a context to compute the loss in. Out of
     memory, it goes on with half the rows at once: the gradient is the same. keep(state) is called every 100 steps; from that
-    state the training goes on to the same bits."""
+    state, and the batches from its `step` on, the training goes on to the same bits."""
     matrices = [p for name, p in gpt.layers.named_parameters() if p.dim() == 2 and "taps" not in name]
     others = [p for p in gpt.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = {torch.optim.Muon(matrices, weight_decay=0.0): 5 * lr,
@@ -386,10 +389,9 @@ def train(gpt, sample, steps, lr, precision, state=None, keep=None):
             optimizer.load_state_dict(own)
     bar = tqdm(range(first, steps), desc="train GPT", initial=first, total=steps, mininterval=1, dynamic_ncols=True,
                disable=True if rank else None)
-    for step in bar:
+    for step, (batch, recall, seed) in zip(bar, batches):
         if keep and step % 100 == 0 and step > first:
             keep({"step": step, "model": gpt.state_dict(), "optimizers": [own.state_dict() for own in optimizers]})
-        batch, recall, seed = sample(step)
         N, L = batch.tokens.shape
         for optimizer, peak in optimizers.items():
             optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / steps)
