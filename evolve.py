@@ -104,9 +104,9 @@ PRESETS = {
     "smoke": dict(length=64, steps=20, batch_tokens=1024, n_embd=32, head_dim=8, n_hidden=64, delay=16, capacity=24,
                   generations=3, popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2, far_prompts=1,
                   report_at=(1, 4, 8)),
-    "gpu": dict(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=2, n_embd=512, head_dim=64, n_hidden=1408, length=2048,
-                steps=3000, batch_tokens=131_072, lr=1e-3, delay=256, capacity=320, generations=100, popsize=32, prompts=8,
-                choose_prompts=32, report_prompts=64, far_prompts=16, rows=512),
+    "gpu": dict(vocab_size=8192, n_layer=4, n_head=8, n_kv_head=2, n_embd=768, head_dim=96, n_hidden=2048, length=2048,
+                steps=400, batch_tokens=65_536, lr=2e-3, delay=512, capacity=128, generations=25, popsize=32, choose_prompts=16,
+                report_prompts=32, far_prompts=16, rows=512),
 }
 
 
@@ -1211,7 +1211,7 @@ def base_model(out, part, sizes, found, config, log):
             return batch, words, config.seed * 1_000_003 + step
 
     # a GPT on a CUDA device learns faster than one process writes prompts
-    workers = {"num_workers": min(8, os.cpu_count()), "multiprocessing_context": "fork"} if config.device == "cuda" else {}
+    workers = {"num_workers": 4, "multiprocessing_context": "fork"} if config.device == "cuda" else {}
     batches = torch.utils.data.DataLoader(Steps(), batch_size=None, sampler=range(state["step"] if state else 0, config.steps),
                                           **workers)
     log(f"training a GPT of {sum(p.numel() for p in gpt.parameters()):,} parameters"

@@ -122,7 +122,7 @@ def kept(cache):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Attention over the cache
 
-PIECE = 64                         # queries at once where attention is written out
+PIECE = 64                         # queries at once where attention is written out, on a CPU
 
 
 def attend(q, k, v, alive=None, weights=False):
@@ -143,8 +143,9 @@ def attend(q, k, v, alive=None, weights=False):
             out = F.scaled_dot_product_attention(q.reshape(B, K, g * T, D), k, v, attn_mask=mask)
         return out.view(B, K, g, T, D), None
     out, received = [], torch.zeros(B, K, T, S, device=q.device)
-    for start in range(0, T, PIECE):                                       # piece by piece: scores fit the cache of a CPU, and
-        piece = q[:, :, :, start:start + PIECE]                            # no piece looks at slots after it: twice as fast
+    at_once = PIECE if q.device.type == "cpu" else T
+    for start in range(0, T, at_once):                                     # piece by piece: scores fit the cache of a CPU, and
+        piece = q[:, :, :, start:start + at_once]                          # no piece looks at slots after it: twice as fast
         n = piece.shape[3]
         seen = S - T + start + n                                           # slots that this piece may look at
         scores = (piece.reshape(B, K, g * n, D) * D ** -0.5) @ k[:, :, :seen].transpose(-1, -2)          # (B,K,gn,seen)
@@ -158,11 +159,10 @@ def attend(q, k, v, alive=None, weights=False):
     return torch.cat(out, dim=3), received
 
 
-def rotate(x, angles):
-    """Rotary positions: turn each pair of x (...,D) by its angle, (cos, sin) each (...,D/2). Pairs are neighbours."""
-    cos, sin = angles
-    a, b = x[..., 0::2], x[..., 1::2]
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+def rotate(x, turns):
+    """Rotary positions: each pair of neighbours in x (...,D) is a complex number, multiplied by its turn, (...,D/2) complex."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))        # (...,D/2)
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ class Attention(nn.Module):
         self.smear = config.smear
 
     def forward(self, x, table, cache=None, weights=False):
-        """x (B,T,C), table: (cos, sin) of all positions. Appends to the cache; returns (B,T,C) and attend's weights."""
+        """x (B,T,C), table: the turns of all positions. Appends to the cache; returns (B,T,C) and attend's weights."""
         B, T, _ = x.shape
         K, g, D = self.n_kv_head, self.n_head // self.n_kv_head, self.D
         v = self.wv(x).view(B, T, K, D).transpose(1, 2)                    # (B,K,T,D)
@@ -195,17 +195,16 @@ class Attention(nn.Module):
         q = self.wq(x).view(B, -1, K, g, D).permute(0, 2, 3, 1, 4)         # (B,K,g,T,D), or (B,K,g,3+T,D)
         k = self.wk(x).view(B, -1, K, D).transpose(1, 2)                   # (B,K,T,D), or (B,K,3+T,D)
         if self.smear:
-            q = sum(self.q_taps[:, j].view(K, g, 1, 1) * q[..., 3 - j:3 - j + T, :] for j in range(4))
-            k = sum(self.k_taps[:, j].view(K, 1, 1) * k[..., 3 - j:3 - j + T, :] for j in range(4))
-            q, k = q.to(v.dtype), k.to(v.dtype)                            # autocast leaves sums in float32
+            q_taps, k_taps = self.q_taps.to(q.dtype), self.k_taps.to(k.dtype)              # autocast leaves products alone
+            q = sum(q_taps[:, j].view(K, g, 1, 1) * q[..., 3 - j:3 - j + T, :] for j in range(4))
+            k = sum(k_taps[:, j].view(K, 1, 1) * k[..., 3 - j:3 - j + T, :] for j in range(4))
         alive, at = None, torch.arange(T, device=x.device)
         if cache is not None:
             cache.append(k, v)
             k, v, alive = cache.keys, cache.values, cache.alive if cache.ragged else None
             at = torch.arange(k.shape[2], device=x.device) if cache.renumber else cache.positions
         q_at = at[..., -T:] if at.dim() == 1 else at[:, :, None, -T:]      # the T newest slots are the queries
-        k = rotate(k, (table[0][at], table[1][at]))
-        q = rotate(q, (table[0][q_at], table[1][q_at]))
+        k, q = rotate(k, table[at]), rotate(q, table[q_at])
         out, received = attend(q, k, v, alive, weights)
         return self.wo(out.permute(0, 3, 1, 2, 4).reshape(B, T, -1)), received
 
@@ -267,14 +266,14 @@ class GPT(nn.Module):
         return [KVCache(weight.new_zeros(rows, c.n_kv_head, 0, c.head_dim), renumber) for _ in self.layers]
 
     def rotary_table(self, n):
-        """(cos, sin) of the angles at positions 0..n-1, each (n, D/2)."""
+        """The turns at positions 0..n-1, complex numbers of length 1, (n, D/2)."""
         c = self.config
         D = c.head_dim
         theta = c.rope_theta * c.rope_scale ** (D / (D - 2))
         device = self.tok_embeddings.weight.device
         speed = theta ** (-torch.arange(0, D, 2, device=device) / D)       # (D/2,) radians a token
         angles = torch.arange(n, device=device)[:, None] * speed
-        return angles.cos(), angles.sin()
+        return torch.complex(angles.cos(), angles.sin())
 
     def hidden(self, tokens, cache=None, manage=None, weights=False):
         """tokens (B,T) -> (B,T,C), what the output layer reads. With a cache the tokens follow those it has seen. Right
@@ -359,13 +358,13 @@ def losses(gpt, batch, recall, draw):
             mean(recalled, recall >= 0), mean(right.argmax(-1) == target[answer], answer))
 
 
-def gradient(gpt, batch, recall, seed, rows, device, precision):
+def gradient(gpt, batch, recall, seed, rows, precision):
     """Add the gradient of some rows (n,) of a batch, with noise that does not depend on which; their losses, (4,n)."""
-    own = replace(batch, tokens=batch.tokens[rows].to(device), answer=batch.answer[rows].to(device))
-    generator = torch.Generator(device).manual_seed(seed)
-    draw = lambda *shape: torch.rand(len(recall), *shape, generator=generator, device=device)[rows.to(device)]
+    own, generator = replace(batch, tokens=batch.tokens[rows], answer=batch.answer[rows]), torch.Generator(rows.device)
+    generator.manual_seed(seed)
+    draw = lambda *shape: torch.rand(len(recall), *shape, generator=generator, device=rows.device)[rows]
     with precision:
-        answers, text, recalled, right = losses(gpt, own, recall[rows].to(device), draw)
+        answers, text, recalled, right = losses(gpt, own, recall[rows], draw)
     ((answers + 0.5 * text + recalled).sum() / len(recall)).backward()
     return torch.stack([answers, text, recalled, right]).detach()
 
@@ -393,14 +392,15 @@ def train(gpt, batches, steps, lr, precision, state=None, keep=None):
         if keep and step % 100 == 0 and step > first:
             keep({"step": step, "model": gpt.state_dict(), "optimizers": [own.state_dict() for own in optimizers]})
         N, L = batch.tokens.shape
+        batch = replace(batch, tokens=batch.tokens.to(device), answer=batch.answer.to(device))
+        rows, recall = torch.arange(rank, N, size, device=device), recall.to(device)
         for optimizer, peak in optimizers.items():
             optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / steps)
         done = None
         while done is None:
             most = min(most, N * L)                                        # tokens at once
             try:
-                done = [gradient(gpt, batch, recall, seed, rows, device, precision)
-                        for rows in torch.arange(rank, N, size).split(max(1, most // L))]
+                done = [gradient(gpt, batch, recall, seed, some, precision) for some in rows.split(max(1, most // L))]
             except torch.OutOfMemoryError:
                 if most <= L:
                     raise

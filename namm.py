@@ -225,11 +225,12 @@ def spectra(cache, attention, sees):
     transform, gamma = {"values": values, "moments": moments}.get(sees, spectrogram), MEMORY ** (HOP / T)
     tail, average = cache.state["tail"], cache.state["spectrum"]           # (B,K,S,HOP), (B,K,S,F)
     average = average.transpose(2, 3).contiguous().transpose(2, 3)         # slots last in memory, as in the attention
-    for start in range(0, T, HOP):                                         # frame by frame: it fits the cache of a CPU
-        piece, seen = attention[:, :, start:start + HOP], S - T + start + HOP
+    step = HOP if attention.device.type == "cpu" else T                    # frame by frame: it fits the cache of a CPU
+    for start in range(0, T, step):
+        piece, seen = attention[:, :, start:start + step], S - T + start + step
         magnitudes, _ = transform(piece[..., :seen], tail[:, :, :seen])    # younger slots have received nothing yet
         average[:, :, :seen] = moving_average(magnitudes, average[:, :, :seen], gamma)
-        tail = piece.transpose(-1, -2)
+        tail = piece[:, :, -HOP:].transpose(-1, -2)
     cache.state = {"tail": tail.contiguous(), "spectrum": average}
     return average
 

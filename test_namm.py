@@ -717,6 +717,11 @@ def test_recall_is_asked_of_one_head_alone(parts):
         assert got[i].item() == pytest.approx(want[row == i].mean().item() if (row == i).any() else 0.0, abs=1e-4)
 
 
+def training_batches(parts, rows, steps):
+    """What model.train takes: a batch, words to recall and a seed for each step."""
+    return [(*data.training_batch(parts[2]["train"], np.random.default_rng(step), rows, 64, 0.25), step) for step in range(steps)]
+
+
 @pytest.mark.parametrize("smear", [True, False])
 def test_query_heads_do_not_stay_equal(parts, smear):
     """Six query heads on one KV head: after two steps no two of them write the same. Catches: heads that start as copies of one
@@ -724,8 +729,7 @@ def test_query_heads_do_not_stay_equal(parts, smear):
     torch.manual_seed(0)
     gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_layer=2, n_head=6, n_embd=32, head_dim=8, n_hidden=32,
                                     smear=smear))
-    model.train(gpt, lambda step: (*data.training_batch(parts[2]["train"], np.random.default_rng(step), 8, 64, 0.25), step),
-                2, 4e-3, evolve.precision("cpu"))
+    model.train(gpt, training_batches(parts, 8, 2), 2, 4e-3, evolve.precision("cpu"))
     for layer in gpt.layers:
         writes = F.normalize(layer.attention.wo.weight.detach().unflatten(1, (6, 8)).transpose(0, 1).flatten(1))     # (6,CD)
         assert (writes @ writes.T - torch.eye(6)).max() < 0.9
@@ -760,8 +764,7 @@ def test_out_of_memory_halves_the_rows_and_changes_nothing(parts, monkeypatch, c
         limit(most)
         torch.manual_seed(0)
         gpt = model.GPT(model.GPTConfig(**size))
-        model.train(gpt, lambda step: (*data.training_batch(made["train"], np.random.default_rng(step), 16, 64, 0.25), step),
-                    3, 1e-3, evolve.precision("cpu"))
+        model.train(gpt, training_batches(parts, 16, 3), 3, 1e-3, evolve.precision("cpu"))
         trained.append(torch.cat([p.detach().flatten() for p in gpt.parameters()]))
     torch.testing.assert_close(*trained, atol=1e-4, rtol=1e-4)
     params = 0.3 * torch.randn(2, 4172)
@@ -876,7 +879,7 @@ def test_bfloat16_gives_nearly_the_same_gradient(parts):
     batch, words = data.training_batch(parts[2]["train"], np.random.default_rng(0), 8, 128, 0.25)
     gradients = []
     for precision in (evolve.precision("cpu"), torch.autocast("cpu", torch.bfloat16)):
-        model.gradient(gpt, batch, words, 0, torch.arange(8), "cpu", precision)
+        model.gradient(gpt, batch, words, 0, torch.arange(8), precision)
         gradients.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]))
         gpt.zero_grad()
     assert F.cosine_similarity(*gradients, dim=0) > 0.99
@@ -920,9 +923,10 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(smoke):
         assert row["lead"] == pytest.approx(rows["namm", task, length]["score"] - row["score"], abs=1e-6)
         if method in ("full", "ntk"):
             assert row["cache"] == 1 and (method == "ntk" or row["relative"] in (1, None))
-        elif method != "namm":                                             # at least NAMM's cache, at most a slot more
-            context = length - data.room(length)
-            assert -1e-6 <= row["cache"] - rows["namm", task, length]["cache"] <= 1 / context + 1e-6
+    cache = lambda method, length: np.mean([rows[method, task, length]["cache"] for task in data.TASKS])
+    for method, length in {(method, length) for method, _, length in rows} - {(m, n) for m in ("full", "ntk") for n in (64, 256, 512)}:
+        more = cache(method, length) - cache("namm", length)               # than NAMM in the mean over tasks: at most a slot
+        assert -1e-6 <= more <= 1 / (length - data.room(length)) + 1e-6
     changed = (out / "gpt.pt").stat().st_mtime
     second = run(*settings)
     assert second.returncode == 0 and (out / "gpt.pt").stat().st_mtime == changed
