@@ -1155,7 +1155,8 @@ def prepare(config, action):
     found = {"gpt": load(path, {"config", "model"}, config.device),
              "training": load(out / "training.pt", {"step", "model", "optimizers"}, config.device),
              "evolution": load(out / "evolution.pt", {"next", "es", "average", "history"}),
-             "namm": load(own / "namm.pt", {"params", "mean", "std", "cost"}, config.device)}
+             "namm": load(own / "namm.pt", {"params", "mean", "std", "cost"}, config.device),
+             "report": load(out / "report.pt", {"config", "evolution"})}
     if action == "bench" and not config.base:                              # any weights of the given sizes
         found |= {"gpt": None, "namm": None}
     if found["gpt"]:
@@ -1259,14 +1260,19 @@ def run(config, out, parts, sizes, found):
         return
     mean, std = (x.cpu() for x in statistics)
     keep(out / "namm.pt", {"params": params.cpu(), "mean": mean, "std": std, "cost": cost})
-    result = {"config": dataclasses.asdict(config), "versions": versions, "evolution": cost}
+    result, begun = {"config": dataclasses.asdict(config), "versions": versions, "evolution": cost}, found["report"]
+    if begun and begun["config"] == result["config"]:
+        result = begun
     for section in (report, stream, curve, anatomy, lost)[:1 if config.methods else None]:
-        result[section.__name__] = section(gpt, params, statistics, parts["report"], config)
+        if section.__name__ not in result:
+            result[section.__name__] = section(gpt, params, statistics, parts["report"], config)
+            keep(out / "report.pt", result)
+    log(table(result["report"]))
     result["seconds"] = time.time() - start
     save(out / "results.json", json.dumps(result).replace("}, {", "},\n {"))
-    log(table(result["report"]))
     if not config.methods:
         save(out / "report.html", page(result, example(gpt, params, statistics, parts["report"], config)))
+    (out / "report.pt").unlink()
     log(f"{out / 'results.json'} holds all of it" + f", {out / 'report.html'} shows it" * (not config.methods)
         + f"; {time.time() - start:.0f} s")
 
@@ -1281,6 +1287,8 @@ def main():
             torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if config.device == "cuda":                                        # cuDNN plans anew for every number of slots it meets
+            torch.backends.cuda.enable_cudnn_sdp(False)
         out, encoding, parts, sizes, found = prepare(config, action)
         if action == "run" and world()[0] == 0:
             out.mkdir(parents=True, exist_ok=True)

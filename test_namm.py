@@ -1057,6 +1057,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, corpus):
         a, b = (x.get("model", x) for x in (a, b))
         costs = [x.pop("cost", {}).get("history") for x in (a, b)]         # of namm.pt: fitness, sigma, generation by generation
         assert all(torch.equal(a[key], b[key]) for key in a) and costs[0] == costs[1]
+    config, _ = evolve.parse(["--resume", str(tmp_path / "killed")])       # killed in its report: what was done is not done again
+    rows = [dict(row, score=7.0) for row in json.loads((tmp_path / "killed" / "results.json").read_text())["report"]]
+    begun = {"config": dataclasses.asdict(config), "versions": {}, "evolution": {}, "report": rows}
+    torch.save(begun, tmp_path / "killed" / "report.pt")
+    torch.save(begun | {"config": begun["config"] | {"report_prompts": 1}}, tmp_path / "whole" / "report.pt")          # of other settings
+    for folder, same in (("killed", True), ("whole", False)):
+        assert run("--resume", tmp_path / folder).returncode == 0 and not (tmp_path / folder / "report.pt").exists()
+        assert (json.loads((tmp_path / folder / "results.json").read_text())["report"] == rows) == same
     (tmp_path / "killed" / "evolution.pt").write_bytes(b"no checkpoint")
     refused = run("--resume", tmp_path / "killed")
     assert refused.returncode == 2 and "damaged" in refused.stderr and len(refused.stderr.splitlines()) == 1
