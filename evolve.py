@@ -412,20 +412,21 @@ def fitness(gpt, params, statistics, best, part, tasks, lengths, count, rng, con
     answers, divided by `best`, the full cache's at the training length; then the mean. The likelihood has no ties, as exact
     match has; and the paper's divisor, the full cache's score on the same prompts, is near 0 where it is to be beaten.
 
-    lengths(rng) draws, for one task, the lengths of its prompts in training lengths. Groups of candidates are dealt to the
-    processes of the run in turn; each process gets all the results."""
+    lengths(rng) draws, for one task, the lengths of its prompts in training lengths. Candidates are dealt to the processes of the
+    run in turn; each process gets all the results."""
     P, (rank, size), parts = 1 if params is None else len(params), world(), 0
     total = torch.zeros(2, P, device=config.device)                        # fitness, cache kept
-    groups = torch.arange(P, device=config.device).split(max(1, config.rows // count))       # candidates read at once
     for task in tasks:
         for times in lengths(rng):
             batch = prompts(part, task, count, rng, config.length * int(times), config.device)
-            for i, group in enumerate(groups):
-                if (parts * len(groups) + i) % size == rank:
-                    manage = None if params is None else manager(params[group], statistics, config)
-                    _, likelihood, _, cache = evaluate(gpt, batch, config, manage, weights=manage is not None)
-                    got = torch.stack([likelihood / best[task], cache])                      # (2,B)
-                    total.index_add_(1, group, got.view(2, -1, count).mean(2))
+            own = torch.arange((rank + parts) % size, P, size, device=config.device)
+            while len(own):
+                at_once = max(1, config.rows // count)                     # candidates; fewer once memory has run out
+                group, own = own[:at_once], own[at_once:]
+                manage = None if params is None else manager(params[group], statistics, config)
+                _, likelihood, _, cache = evaluate(gpt, batch, config, manage, weights=manage is not None)
+                got = torch.stack([likelihood / best[task], cache])                          # (2,B)
+                total.index_add_(1, group, got.view(2, -1, count).mean(2))
             parts += 1
     total = summed(total).cpu() / parts
     return total[0], total[1].mean().item()
@@ -511,8 +512,13 @@ def every_task(part, count, seed, length, device):
 
 def ask(gpt, batch, config, manage, weights):
     """As `evaluate`, `rows` rows at a time, or, where nothing is evicted, as many tokens as those have at the training length."""
-    rows = config.rows if manage else max(1, config.rows * config.length // batch.tokens.shape[1])
-    return [torch.cat(got) for got in zip(*(evaluate(gpt, piece, config, manage, weights) for piece in pieces_of(batch, rows)))]
+    got, start, (N, L) = [], 0, batch.tokens.shape
+    while start < N:
+        rows = config.rows if manage else max(1, config.rows * config.length // L)
+        piece = dataclasses.replace(batch, tokens=batch.tokens[start:start + rows], answer=batch.answer[start:start + rows])
+        got.append(evaluate(gpt, piece, config, manage, weights))
+        start += rows
+    return [torch.cat(pieces) for pieces in zip(*got)]
 
 
 def rule(method, params, statistics, slots, config):
@@ -1068,16 +1074,10 @@ def shares(f, device):
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}                    # dense bfloat16 operations a second, data sheets
 
 
-def bench(config, parts, gpt, evolved):
-    """Print what everything costs on this device: reading against context length (the rivals: attention fused, and eager, which
-    makes one matrix of a block's weights, as usual), the parts of NAMM, a population, CMA-ES, pre-training. evolved: what a
-    namm.pt holds; None for random parameters, which evict about half."""
+def bench_reading(gpt, params, statistics, part, config):
+    """Print how fast text is read, against context length: by the rivals, attention fused, and eager, which makes one matrix of a
+    block's weights, as usual; by NAMM with nothing evicted, and as it is; and where the time goes."""
     device, delay, rows = config.device, config.delay, min(4, config.rows)
-    if evolved is None:
-        mean, std = feature_statistics(gpt, parts["evolve"], config)
-        noise = np.random.default_rng(config.seed).standard_normal(len(namm.scale(config.scorer)))
-        evolved = {"params": torch.from_numpy(noise).float(), "mean": mean, "std": std}
-    params, *statistics = evolved["params"].to(device), evolved["mean"].to(device), evolved["std"].to(device)
     look, piece = lambda layer, cache, received: None, model.PIECE
     kinds = {"full cache, fused": (None, False), "full cache, eager": (look, True), "eager, in pieces": (look, True),
              "NAMM, nothing evicted": (manager(torch.zeros_like(params[None]), statistics, config, capacity=0), True),
@@ -1086,7 +1086,7 @@ def bench(config, parts, gpt, evolved):
           "layer\n\n"
           f"| tokens | {' | '.join(kinds)} | slots in memory, full cache | NAMM |\n" + "|---" * (len(kinds) + 3) + "|")
     for times in config.report_at:
-        text = torch.from_numpy(np.stack([parts["report"].text(np.random.default_rng(i), times * config.length)
+        text = torch.from_numpy(np.stack([part.text(np.random.default_rng(i), times * config.length)
                                           for i in range(rows)])).long().to(device)
         taken, slots, held = {kind: [] for kind in kinds}, {}, []
         for again, (kind, (manage, weights)) in itertools.product(range(4), kinds.items()):        # in turn: one noise for all
@@ -1111,6 +1111,17 @@ def bench(config, parts, gpt, evolved):
         print(f"| {text.shape[1]} | {' | '.join(speeds)} | {slots['full cache, fused']} | {slots['NAMM']} |", flush=True)
     print("\nshares of the time with NAMM, at the longest:", shares(whole, device))
 
+
+def bench(config, parts, gpt, evolved):
+    """Print what everything costs on this device: reading, a population, CMA-ES, pre-training. evolved: what a namm.pt holds; None
+    for random parameters, which evict about half."""
+    device = config.device
+    if evolved is None:
+        mean, std = feature_statistics(gpt, parts["evolve"], config)
+        noise = np.random.default_rng(config.seed).standard_normal(len(namm.scale(config.scorer)))
+        evolved = {"params": torch.from_numpy(noise).float(), "mean": mean, "std": std}
+    params, *statistics = evolved["params"].to(device), evolved["mean"].to(device), evolved["std"].to(device)
+    bench_reading(gpt, params, statistics, parts["report"], config)
     batch = prompts(parts["evolve"], "multikey", 1, np.random.default_rng(0), 4 * config.length, device)
     for popsize in (1, config.popsize, 2 * config.popsize):
         candidates = params + 0.1 * torch.randn(popsize, len(params), device=device)

@@ -774,6 +774,10 @@ def test_out_of_memory_halves_the_rows_and_changes_nothing(parts, monkeypatch, c
         batch = data.batch(made["report"], ["multikey"] * 9, np.random.default_rng(0), 128)
         scores.append(evolve.evaluate(gpt, batch, config, namm.namm(params, torch.zeros(17), torch.ones(17), capacity=20), True))
         assert (config.rows < 16) == (most == 7)
+        many = data.batch(made["report"], ["multikey"] * 40, np.random.default_rng(0), 128)
+        config = evolve.Config(device="cpu")
+        scores[-1] = [*scores[-1], *evolve.ask(gpt, many, config, namm.baseline("tova", 20), True)]
+        assert config.rows == (4 if most == 7 else 16)                     # halved twice, not once more for each further piece
     for got, want in zip(*scores):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     assert "out of memory" in capsys.readouterr().out
