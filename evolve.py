@@ -309,8 +309,13 @@ class CMAES:
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Prompts through the cache
 
+def some(batch, rows):
+    """The rows of a Batch in the slice `rows`."""
+    return dataclasses.replace(batch, tokens=batch.tokens[rows], answer=batch.answer[rows])
+
+
 @torch.no_grad()
-def evaluate(gpt, batch, config, manage=None, weights=False):
+def evaluate(gpt, batch, config, manage=None, weights=False, copies=1):
     """Read the contexts with the cache managed, then ask. Rows B = copies x prompts, if the manager makes copies.
 
     Returns four (B,), means over a prompt's answers, or over heads:
@@ -318,25 +323,24 @@ def evaluate(gpt, batch, config, manage=None, weights=False):
       likelihood  of an answer's token: exp of the mean log-probability of its tokens
       logprob     that mean itself, natural logarithm
       cache       share of the context's tokens that is in the cache when the question is asked, mean over heads and layers
-    Out of memory, it goes on with half the rows at once.
+    At most `rows` rows are read at once, or, where nothing is evicted, as many tokens as those have at the training length. Out
+    of memory, it goes on with half as many.
     """
-    try:
-        return answers(gpt, batch, config, manage, weights)
-    except torch.OutOfMemoryError:
-        N = len(batch.tokens)
-        if N == 1:
-            raise
-    config.rows = max(1, config.rows // 2)                                 # from now on
-    tqdm.write(f"out of memory: reading {config.rows} rows at once from here on")
-    pieces = zip(*(evaluate(gpt, half, config, manage, weights) for half in pieces_of(batch, (N + 1) // 2)))
-    return [torch.cat([piece.unflatten(0, (-1, n)) for piece, n in zip(halves, ((N + 1) // 2, N // 2))], dim=1).flatten(0, 1)
-            for halves in pieces]
-
-
-def pieces_of(batch, rows):
-    """A Batch cut into several of at most `rows` rows."""
-    return [dataclasses.replace(batch, tokens=tokens, answer=answer)
-            for tokens, answer in zip(batch.tokens.split(rows), batch.answer.split(rows))]
+    done, start, (N, L) = [], 0, batch.tokens.shape
+    while start < N:
+        rows = config.rows // copies if manage else config.rows * config.length // L
+        piece = some(batch, slice(start, start + max(1, rows)))
+        try:
+            got = answers(gpt, piece, config, manage, weights)
+        except torch.OutOfMemoryError:
+            if config.rows == 1:
+                raise
+            config.rows //= 2
+            tqdm.write(f"out of memory: reading {config.rows} rows at once from here on")
+        else:
+            done.append([x.unflatten(0, (-1, len(piece.tokens))) for x in got])              # (copies,prompts) each
+            start += len(piece.tokens)
+    return [torch.cat(pieces, dim=1).flatten(0, 1) for pieces in zip(*done)]
 
 
 def said(gpt, batch, config, manage, weights):
@@ -412,23 +416,24 @@ def fitness(gpt, params, statistics, best, part, tasks, lengths, count, rng, con
     answers, divided by `best`, the full cache's at the training length; then the mean. The likelihood has no ties, as exact
     match has; and the paper's divisor, the full cache's score on the same prompts, is near 0 where it is to be beaten.
 
-    lengths(rng) draws, for one task, the lengths of its prompts in training lengths. Candidates are dealt to the processes of the
-    run in turn; each process gets all the results."""
+    lengths(rng) draws, for one task, the lengths of its prompts in training lengths. Groups of candidates are dealt to the
+    processes of the run in turn; each process gets all the results."""
     P, (rank, size), parts = 1 if params is None else len(params), world(), 0
     total = torch.zeros(2, P, device=config.device)                        # fitness, cache kept
+    groups = torch.arange(P, device=config.device).split(max(1, config.rows // count))       # candidates read at once
     for task in tasks:
         for times in lengths(rng):
             batch = prompts(part, task, count, rng, config.length * int(times), config.device)
-            own = torch.arange((rank + parts) % size, P, size, device=config.device)
-            while len(own):
-                at_once = max(1, config.rows // count)                     # candidates; fewer once memory has run out
-                group, own = own[:at_once], own[at_once:]
+            for group in groups[(rank + parts) % size::size]:
                 manage = None if params is None else manager(params[group], statistics, config)
-                _, likelihood, _, cache = evaluate(gpt, batch, config, manage, weights=manage is not None)
+                _, likelihood, _, cache = evaluate(gpt, batch, config, manage, manage is not None, len(group))
                 got = torch.stack([likelihood / best[task], cache])                          # (2,B)
                 total.index_add_(1, group, got.view(2, -1, count).mean(2))
             parts += 1
     total = summed(total).cpu() / parts
+    if size > 1:                                                           # where memory ran out, all read fewer rows from now on
+        torch.distributed.all_reduce(rows := torch.tensor(config.rows, device=config.device), torch.distributed.ReduceOp.MIN)
+        config.rows = rows.item()
     return total[0], total[1].mean().item()
 
 
@@ -510,17 +515,6 @@ def every_task(part, count, seed, length, device):
                                answer=torch.cat([batch.answer for batch in batches]))
 
 
-def ask(gpt, batch, config, manage, weights):
-    """As `evaluate`, `rows` rows at a time, or, where nothing is evicted, as many tokens as those have at the training length."""
-    got, start, (N, L) = [], 0, batch.tokens.shape
-    while start < N:
-        rows = config.rows if manage else max(1, config.rows * config.length // L)
-        piece = dataclasses.replace(batch, tokens=batch.tokens[start:start + rows], answer=batch.answer[start:start + rows])
-        got.append(evaluate(gpt, piece, config, manage, weights))
-        start += rows
-    return [torch.cat(pieces) for pieces in zip(*got)]
-
-
 def rule(method, params, statistics, slots, config):
     """(manager, does it look at the attention) of a method's name. slots: what NAMM kept in the mean; see `report`."""
     if method in ("full", "ntk"):
@@ -550,12 +544,12 @@ def report(gpt, params, statistics, part, config):
         for method in chosen[times]:
             began = time.time()
             gpt.config.rope_scale = config.rope_scale * (times if method == "ntk" else 1)
-            exact, _, logprob, cache = ask(gpt, batch, config, *rule(method, params, statistics, slots, config))
+            exact, _, logprob, cache = evaluate(gpt, batch, config, *rule(method, params, statistics, slots, config))
             if method == "namm":
                 slots = cache.mean().item() * batch.context
             of_task = lambda x: dict(zip(data.TASKS, x.split(count)))
             exact, logprob, cache, taken = of_task(exact), of_task(logprob), of_task(cache), time.time() - began
-            for task, own in zip(data.TASKS, pieces_of(batch, count)):
+            for t, task in enumerate(data.TASKS):
                 got = score(task, exact[task], logprob[task])
                 # what each prompt adds to the score; for 1 / perplexity, to first order
                 at[method, task] = got * (1 + logprob[task] - logprob[task].mean()) if task == "lm" else exact[task]
@@ -564,7 +558,7 @@ def report(gpt, params, statistics, part, config):
                                  relative=None, cache=cache[task].mean().item(), seed=config.seed, lead=lead.mean().item(),
                                  lead_se=(lead.var(correction=0) / count).sqrt().item(), seconds=taken / len(data.TASKS)))
                 if task == "needle":
-                    depth = data.depth(own)                                # (count,) in 0..4
+                    depth = data.depth(some(batch, slice(t * count, (t + 1) * count)))       # (count,) in 0..4
                     rows[-1]["depths"] = [exact[task][depth == d].mean().item() if (depth == d).any() else None for d in range(5)]
             bar.update()
     gpt.config.rope_scale = config.rope_scale
@@ -608,7 +602,7 @@ def curve(gpt, params, statistics, part, config):
             capacity, slots = math.ceil(share * (config.capacity or config.delay)), None
             cut = dataclasses.replace(config, capacity=capacity, threshold=-math.inf)
             for method in ("namm", "streaming", "h2o", "tova", "snapkv"):
-                exact, _, logprob, cache = ask(gpt, batch, cut, *rule(method, params, statistics, slots, cut))
+                exact, _, logprob, cache = evaluate(gpt, batch, cut, *rule(method, params, statistics, slots, cut))
                 slots = slots or cache.mean().item() * batch.context
                 got = zip(data.TASKS, exact.chunk(len(data.TASKS)), logprob.chunk(len(data.TASKS)))
                 rows.append(dict(method=method, length=length, capacity=capacity, slots=slots, seed=config.seed,
@@ -688,7 +682,7 @@ def lost(gpt, params, statistics, part, config):
     for times, method in itertools.product([times for times in config.report_at if times <= 4], ("full", "namm")):
         rng = np.random.default_rng([config.seed, 9, times])
         batch = prompts(part, data.quote, config.report_prompts, rng, times * config.length, config.device)
-        exact, _, logprob, _ = ask(gpt, batch, config, *rule(method, params, statistics, None, config))
+        exact, _, logprob, _ = evaluate(gpt, batch, config, *rule(method, params, statistics, None, config))
         rows.append(dict(method=method, length=times * config.length, score=exact.mean().item(),
                          logprob=logprob.mean().item(), seed=config.seed))
     return rows

@@ -776,7 +776,7 @@ def test_out_of_memory_halves_the_rows_and_changes_nothing(parts, monkeypatch, c
         assert (config.rows < 16) == (most == 7)
         many = data.batch(made["report"], ["multikey"] * 40, np.random.default_rng(0), 128)
         config = evolve.Config(device="cpu")
-        scores[-1] = [*scores[-1], *evolve.ask(gpt, many, config, namm.baseline("tova", 20), True)]
+        scores[-1] = [*scores[-1], *evolve.evaluate(gpt, many, config, namm.baseline("tova", 20), True)]
         assert config.rows == (4 if most == 7 else 16)                     # halved twice, not once more for each further piece
     for got, want in zip(*scores):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
