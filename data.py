@@ -143,7 +143,7 @@ def ranks_file(encoding):
 
 @dataclass
 class Part:
-    """What one part owns: no document and no word of it is in another part."""
+    """What one part owns: no document and no key of it is in another part."""
     tokens: np.ndarray           # (many,) its documents, one after the other
     words: np.ndarray            # (some,) its words, each one token: the keys of the tasks
     values: np.ndarray           # (some,) words for the answers, one token each, the same in all parts as digits are
@@ -333,7 +333,7 @@ class Batch:
 
 
 def room(length):
-    """Tokens kept for the questions in a prompt of `length`: a quarter, at most 64."""
+    """Tokens kept for the questions in a prompt of `length`: half, at most 64."""
     return min(64, length // 2)
 
 

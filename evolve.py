@@ -115,8 +115,8 @@ SIZES = [f.name for f in dataclasses.fields(GPTConfig) if hasattr(Config, f.name
 
 
 def numbers(text):
-    """ "1,2,4" -> (1, 2, 4)."""
-    return tuple(int(number) for number in text.split(","))
+    """ "4,1,2" -> (1, 2, 4)."""
+    return tuple(sorted({int(number) for number in text.split(",")}))
 
 
 def settings_of(folder):
@@ -156,7 +156,9 @@ def parse(argv=None):
         folder = pathlib.Path(given[option])
         given = settings_of(folder) | {"out": str(folder / "eval" if option == "eval" else folder)} | given
     if given.get("base"):
-        given = {name: value for name, value in settings_of(given["base"]).items() if name in (*SIZES, "tokenizer")} | given
+        own = settings_of(given["base"])                                   # to measure its speed: all that it was made with
+        left_out = ("out", "base", "eval", "device") if action == "bench" else set(own) - {*SIZES, "tokenizer", "corpus", "length"}
+        given = {name: value for name, value in own.items() if name not in left_out} | given
     given.pop("resume", None)
     action = task if given.pop("show", None) else action
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -183,7 +185,7 @@ def check(c):
         (c.scorer in namm.SCORERS, f"--scorer is one of {', '.join(namm.SCORERS)}"),
         (c.heads in ("apart", "together"), "--heads is apart or together"),
         (1 <= c.stages <= 3, "--stages is 1, 2 or 3"),
-        (c.head_dim % 2 == 0, "--head_dim must be even"),
+        (c.head_dim % 2 == 0 and c.head_dim > 2, "--head_dim must be even, and 4 or more"),
         (c.n_head % c.n_kv_head == 0, "--n_head must be a multiple of --n_kv_head"),
         (c.length >= 64 and c.length % 4 == 0, "--length must be a multiple of 4, and 64 or more"),
         (c.batch_tokens >= c.length, "--batch_tokens must be --length or more"),
@@ -333,9 +335,10 @@ def evaluate(gpt, batch, config, manage=None, weights=False, copies=1):
         try:
             got = answers(gpt, piece, config, manage, weights)
         except torch.OutOfMemoryError:
-            if config.rows == 1:
+            if len(piece.tokens) == 1:
                 raise
-            config.rows //= 2
+            tried = len(piece.tokens) * copies if manage else len(piece.tokens) * L // config.length
+            config.rows = max(1, tried // 2)
             tqdm.write(f"out of memory: reading {config.rows} rows at once from here on")
         else:
             done.append([x.unflatten(0, (-1, len(piece.tokens))) for x in got])              # (copies,prompts) each
@@ -398,8 +401,11 @@ def feature_statistics(gpt, part, config):
     totals = torch.zeros(3, namm.F, dtype=torch.float64, device=config.device)
     rng = np.random.default_rng([config.seed, 1])
     for task in data.EVOLVED:
-        batch = prompts(part, task, 8, rng, config.length * max(config.evolve_at), config.device)
-        evaluate(gpt, batch, config, namm.statistics(totals, config.features), weights=True)
+        batch, rows = prompts(part, task, 8, rng, config.length * max(config.evolve_at), config.device), None
+        while rows != config.rows:                                         # again, if memory ran out: some were counted twice
+            own, rows = torch.zeros_like(totals), config.rows
+            evaluate(gpt, batch, config, namm.statistics(own, config.features), weights=True)
+        totals += own
     return namm.mean_std(totals)
 
 
@@ -420,6 +426,9 @@ def fitness(gpt, params, statistics, best, part, tasks, lengths, count, rng, con
     processes of the run in turn; each process gets all the results."""
     P, (rank, size), parts = 1 if params is None else len(params), world(), 0
     total = torch.zeros(2, P, device=config.device)                        # fitness, cache kept
+    if size > 1:                                                           # where memory ran out in one, all read fewer rows
+        torch.distributed.all_reduce(rows := torch.tensor(config.rows, device=config.device), torch.distributed.ReduceOp.MIN)
+        config.rows = rows.item()
     groups = torch.arange(P, device=config.device).split(max(1, config.rows // count))       # candidates read at once
     for task in tasks:
         for times in lengths(rng):
@@ -431,9 +440,6 @@ def fitness(gpt, params, statistics, best, part, tasks, lengths, count, rng, con
                 total.index_add_(1, group, got.view(2, -1, count).mean(2))
             parts += 1
     total = summed(total).cpu() / parts
-    if size > 1:                                                           # where memory ran out, all read fewer rows from now on
-        torch.distributed.all_reduce(rows := torch.tensor(config.rows, device=config.device), torch.distributed.ReduceOp.MIN)
-        config.rows = rows.item()
     return total[0], total[1].mean().item()
 
 
@@ -530,7 +536,7 @@ def rule(method, params, statistics, slots, config):
 def report(gpt, params, statistics, part, config):
     """Every method on every task and length: [{method, task, length, score, logprob, relative, cache, seed, ...}].
 
-    All methods answer the same prompts through the same blocks; the baselines keep as many slots in each layer as NAMM has on
+    All methods answer the same prompts; those that evict read them in the same blocks, the others in one go. The baselines keep as many slots in each layer as NAMM has on
     average at that length; those that end in `_shared`, as many in the mean over layers, as NAMM may. `ntk` is the full cache
     with the rotary base scaled to the length, as one would extend a GPT's context without training. `lead`: NAMM's score minus
     the method's; `lead_se`, its standard error over prompts, paired. `seconds`: for the prompts of all tasks, divided by the
@@ -547,7 +553,7 @@ def report(gpt, params, statistics, part, config):
             exact, _, logprob, cache = evaluate(gpt, batch, config, *rule(method, params, statistics, slots, config))
             if method == "namm":
                 slots = cache.mean().item() * batch.context
-            of_task = lambda x: dict(zip(data.TASKS, x.split(count)))
+            of_task = lambda x: dict(zip(data.TASKS, x.cpu().split(count)))
             exact, logprob, cache, taken = of_task(exact), of_task(logprob), of_task(cache), time.time() - began
             for t, task in enumerate(data.TASKS):
                 got = score(task, exact[task], logprob[task])
@@ -819,6 +825,8 @@ def cells(left, top, numbers, width=28, height=22, texts=True):
 
 def picture_curve(rows, report):
     """Score against slots, one panel a length: rows of `curve`; of `report` the full cache's score, a dashed line."""
+    if not rows:                                                           # reported at eight times the length only
+        return ""
     body, sizes, over = [], sorted({row["capacity"] for row in rows}), means(report)
     slots = [row["slots"] for row in rows]
     ticks = [2 ** k for k in range(math.floor(math.log2(min(slots))), math.ceil(math.log2(max(slots) + 1)) + 1)]
@@ -830,7 +838,7 @@ def picture_curve(rows, report):
                     (method, length, size)] for size in sizes]
             lines.append((COLORS[method], [np.mean(pairs, 0) for pairs in own], 0))
         body += plot(240 * panel, f"{length} tokens", lines, ticks, (0, 0.25, 0.5, 0.75, 1), log=True)
-    return svg(740, 255, body + legend(COLORS))
+    return svg(20 + 240 * max(3, panel + 1), 255, body + legend(COLORS))
 
 
 def picture_needle(rows):
@@ -898,7 +906,7 @@ def summary(paths):
     kept = [dict(row, method=row["kind"]) for row in rows("anatomy")]
     grid("Share kept, by kind of token", kept, "layer {0}, head {1}", lambda row: (row["layer"], row["head"]),
          lambda row: row["kept"])
-    spectra = [dict(method=f"layer {row['layer']}, head {row['head']}", bin=f, ratio=kept / dropped) for row in rows("anatomy")
+    spectra = [dict(method=f"layer {row['layer']}, head {row['head']}", bin=f, ratio=kept / (dropped or math.nan)) for row in rows("anatomy")
                if row["kind"] == "all" for f, (kept, dropped) in enumerate(zip(row["spectrum_kept"], row["spectrum_dropped"]))]
     grid("Mean spectrum of the tokens that stay over that of those that go, by frequency bin", spectra, "{0}",
          lambda row: (row["bin"],), lambda row: row["ratio"])
@@ -1217,7 +1225,7 @@ def base_model(out, part, sizes, found, config, log):
             return batch, words, config.seed * 1_000_003 + step
 
     # a GPT on a CUDA device learns faster than one process writes prompts
-    workers = {"num_workers": 4, "multiprocessing_context": "fork"} if config.device == "cuda" else {}
+    workers = {"num_workers": 4, "multiprocessing_context": "fork"} if config.device == "cuda" and hasattr(os, "fork") else {}
     batches = torch.utils.data.DataLoader(Steps(), batch_size=None, sampler=range(state["step"] if state else 0, config.steps),
                                           **workers)
     log(f"training a GPT of {sum(p.numel() for p in gpt.parameters()):,} parameters"
@@ -1266,7 +1274,7 @@ def run(config, out, parts, sizes, found):
     mean, std = (x.cpu() for x in statistics)
     keep(out / "namm.pt", {"params": params.cpu(), "mean": mean, "std": std, "cost": cost})
     result, begun = {"config": dataclasses.asdict(config), "versions": versions, "evolution": cost}, found["report"]
-    if begun and begun["config"] == result["config"]:
+    if begun and begun["config"] | {"rows": 0} == result["config"] | {"rows": 0}:            # which changes nothing
         result = begun
     for section in (report, stream, curve, anatomy, lost)[:1 if config.methods else None]:
         if section.__name__ not in result:

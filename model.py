@@ -334,9 +334,11 @@ def losses(gpt, batch, recall, draw):
             cache.evict(keep)
 
     cache = gpt.new_cache(len(batch.tokens), renumber=True)
-    context = gpt.hidden(batch.tokens[:, :n], cache, holes)
-    for hook in hooks:
-        hook.remove()
+    try:
+        context = gpt.hidden(batch.tokens[:, :n], cache, holes)
+    finally:                                                               # also when memory runs out
+        for hook in hooks:
+            hook.remove()
     hidden = torch.cat([context, gpt.hidden(batch.tokens[:, n:-1], cache)], dim=1)        # (N,L-1,C)
 
     def mean(loss, where):
@@ -398,13 +400,13 @@ def train(gpt, batches, steps, lr, precision, state=None, keep=None):
             optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / steps)
         done = None
         while done is None:
-            most = min(most, N * L)                                        # tokens at once
+            at_once = max(1, min(most, len(rows) * L) // L)                # rows; most: tokens
             try:
-                done = [gradient(gpt, batch, recall, seed, some, precision) for some in rows.split(max(1, most // L))]
+                done = [gradient(gpt, batch, recall, seed, some, precision) for some in rows.split(at_once)]
             except torch.OutOfMemoryError:
-                if most <= L:
+                if at_once == 1:
                     raise
-                most //= 2
+                most = at_once * L // 2
                 tqdm.write(f"out of memory: training on {most} tokens at once from here on")
                 for optimizer in optimizers:
                     optimizer.zero_grad()

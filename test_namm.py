@@ -946,7 +946,7 @@ def test_a_base_brings_its_sizes_and_no_more(smoke, corpus):
     another number of layers, a scale that only the report knows."""
     config, action = evolve.parse(["--device", "cpu", "--base", str(smoke[0]), "--rope_scale", "2", "--report_at", "1", "--corpus", str(corpus),
                                    "--out", str(smoke[0].parent / "other")])
-    assert (config.n_embd, config.head_dim, config.length, config.steps) == (32, 8, 256, 1500)
+    assert (config.n_embd, config.head_dim, config.length, config.steps) == (32, 8, 64, 1500)
     found = evolve.prepare(config, action)[-1]["gpt"]
     assert evolve.restored(found, "cpu").config.rope_scale == 2.0
 
