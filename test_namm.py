@@ -748,8 +748,8 @@ def test_holes_are_for_all_layers_but_the_last(parts, monkeypatch):
 
 
 def test_out_of_memory_halves_the_rows_and_changes_nothing(parts, monkeypatch, capsys):
-    """A device that fails above some size, in training and in evaluation: the same gradient and the same scores, in smaller
-    pieces. Catches: rows lost or mixed up when halves are joined, noise that depends on the split."""
+    """A device that fails above some size, in training and in evaluation: the same gradient, scores and statistics, in smaller
+    pieces. Catches: rows lost or mixed up when halves are joined, noise that depends on the split, what a failed try counted."""
     made, size = parts[2], dict(vocab_size=parts[1].n_vocab, n_embd=32, n_hidden=32)
 
     def limit(most, hidden=model.GPT.hidden):
@@ -766,6 +766,7 @@ def test_out_of_memory_halves_the_rows_and_changes_nothing(parts, monkeypatch, c
         gpt = model.GPT(model.GPTConfig(**size))
         model.train(gpt, training_batches(parts, 16, 3), 3, 1e-3, evolve.precision("cpu"))
         trained.append(torch.cat([p.detach().flatten() for p in gpt.parameters()]))
+        assert not any(layer.attention.wo._forward_pre_hooks for layer in gpt.layers)
     torch.testing.assert_close(*trained, atol=1e-4, rtol=1e-4)
     params = 0.3 * torch.randn(2, 4172)
     for most in (1000, 7):                                                 # two candidates: at most three prompts at once
@@ -778,6 +779,8 @@ def test_out_of_memory_halves_the_rows_and_changes_nothing(parts, monkeypatch, c
         config = evolve.Config(device="cpu")
         scores[-1] = [*scores[-1], *evolve.evaluate(gpt, many, config, namm.baseline("tova", 20), True)]
         assert config.rows == (4 if most == 7 else 16)                     # halved twice, not once more for each further piece
+        config = evolve.Config(device="cpu", length=64, delay=16, evolve_at=(2,))
+        scores[-1] += evolve.feature_statistics(gpt, made["evolve"], config)
     for got, want in zip(*scores):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     assert "out of memory" in capsys.readouterr().out
@@ -947,6 +950,7 @@ def test_a_base_brings_its_sizes_and_no_more(smoke, corpus):
     config, action = evolve.parse(["--device", "cpu", "--base", str(smoke[0]), "--rope_scale", "2", "--report_at", "1", "--corpus", str(corpus),
                                    "--out", str(smoke[0].parent / "other")])
     assert (config.n_embd, config.head_dim, config.length, config.steps) == (32, 8, 64, 1500)
+    assert evolve.parse(["--device", "cpu", "--base", str(smoke[0]), "--bench"])[0].delay == 16        # its speed: as it was made
     found = evolve.prepare(config, action)[-1]["gpt"]
     assert evolve.restored(found, "cpu").config.rope_scale == 2.0
 
@@ -1160,7 +1164,7 @@ def test_table_by_hand():
     (["--corpus", "{dir}/missing"], "no such file"), (["--corpus", "{dir}/empty.txt"], "empty"),
     (["--corpus", "{dir}/binary.txt"], "not"), (["--corpus", "{dir}/short.txt"], "too short"),
     (["--corpus", "{dir}/nothing"], "no .txt"), (["--delay", "50"], "multiple of 16"), (["--popsize", "1"], "popsize"),
-    (["--n_head", "0"], "n_head"), (["--n_head", "3", "--n_kv_head", "2"], "n_kv_head"), (["--head_dim", "5"], "head_dim"), (["--features", "x"], "features"),
+    (["--n_head", "0"], "n_head"), (["--n_head", "3", "--n_kv_head", "2"], "n_kv_head"), (["--head_dim", "5"], "head_dim"), (["--head_dim", "2"], "head_dim"), (["--features", "x"], "features"),
     (["--scorer", "x"], "scorer"), (["--heads", "x"], "heads"), (["--slots", "x"], "slots"), (["--stages", "4"], "stages"), (["--evolve_at", "2,0"], "evolve_at"),
     (["--evolve_at", "a"], "evolve_at"), (["--sigma", "-1"], "sigma"), (["--unknown", "1"], "unknown"),
     (["--preset", "huge"], "preset"), (["--covariance", "none"], "covariance"), (["--positions", "x"], "positions"), (["--methods", "h2o"], "methods"),
