@@ -1257,7 +1257,7 @@ def run(config, out, parts, sizes, found):
             with open(out / "log.txt", "a") as file:
                 file.write(line + "\n")
 
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
                 "device": torch.cuda.get_device_name() if config.device == "cuda" else f"{platform.machine()} CPU, "
                 f"{torch.get_num_threads()} threads"}
     log(f"{json.dumps(dataclasses.asdict(config))}\n{json.dumps(versions)}")

@@ -1039,13 +1039,13 @@ def test_memory_does_not_grow(parts):
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, corpus):
-    """SIGKILL at two moments and Ctrl-C, which says how to go on, at a third, then the same command again: the GPT and the
-    vector of a run never stopped. Catches: random state that is lost, a file half written, a generation counted twice."""
-    settings = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--steps", "250", "--generations", "12", "--report_at",
-                "1", "--methods", "namm,full"]
+    """SIGKILL at three moments and Ctrl-C, which says how to go on, at a fourth, then the same command again: the GPT, the vector
+    and the report of a run never stopped. Catches: random state that is lost, a file half written or that cannot be read, a
+    generation counted twice."""
+    settings = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--steps", "250", "--generations", "12", "--report_at", "1"]
     assert run(*settings, "--out", tmp_path / "whole").returncode == 0
     command = [sys.executable, "evolve.py", *map(str, settings), "--out", str(tmp_path / "killed")]
-    for file in ("training.pt", "gpt.pt", "evolution.pt"):                 # as soon as the run has got so far
+    for file in ("training.pt", "gpt.pt", "evolution.pt", "report.pt"):    # as soon as the run has got so far
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while not (tmp_path / "killed" / file).exists() and process.poll() is None:
             time.sleep(0.01)
@@ -1065,14 +1065,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, corpus):
         a, b = (x.get("model", x) for x in (a, b))
         costs = [x.pop("cost", {}).get("history") for x in (a, b)]         # of namm.pt: fitness, sigma, generation by generation
         assert all(torch.equal(a[key], b[key]) for key in a) and costs[0] == costs[1]
+    whole, killed = (json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("whole", "killed"))
+    assert [dict(row, seconds=0) for row in killed["report"]] == [dict(row, seconds=0) for row in whole["report"]]
     config, _ = evolve.parse(["--resume", str(tmp_path / "killed")])       # killed in its report: what was done is not done again
-    rows = [dict(row, score=7.0) for row in json.loads((tmp_path / "killed" / "results.json").read_text())["report"]]
-    begun = {"config": dataclasses.asdict(config), "versions": {}, "evolution": {}, "report": rows}
+    begun = killed | {"config": dataclasses.asdict(config), "report": [dict(row, score=0.7) for row in killed["report"]]}
     torch.save(begun, tmp_path / "killed" / "report.pt")
     torch.save(begun | {"config": begun["config"] | {"report_prompts": 1}}, tmp_path / "whole" / "report.pt")          # of other settings
     for folder, same in (("killed", True), ("whole", False)):
         assert run("--resume", tmp_path / folder).returncode == 0 and not (tmp_path / folder / "report.pt").exists()
-        assert (json.loads((tmp_path / folder / "results.json").read_text())["report"] == rows) == same
+        assert (json.loads((tmp_path / folder / "results.json").read_text())["report"] == begun["report"]) == same
     (tmp_path / "killed" / "evolution.pt").write_bytes(b"no checkpoint")
     refused = run("--resume", tmp_path / "killed")
     assert refused.returncode == 2 and "damaged" in refused.stderr and len(refused.stderr.splitlines()) == 1
