@@ -18,7 +18,7 @@ import pathlib
 import pydoc_data.topics
 import re
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tiktoken
@@ -330,6 +330,10 @@ class Batch:
     answer: torch.Tensor         # (N, L) 0 outside answers, 1 in the first answer, 2 in the second, ...
     context: int                 # the first `context` tokens are read and compressed before any question is known
     tasks: list                  # the task of each prompt
+
+    def each(self, f):
+        """f applied to tokens and to answer, (N, L) each: other rows, another device. `tasks` stays."""
+        return replace(self, tokens=f(self.tokens), answer=f(self.answer))
 
 
 def room(length):

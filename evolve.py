@@ -48,7 +48,7 @@ def setting(default, help):
 class Config:
     """Every setting; `python evolve.py --help` prints this list."""
     out: str = setting("", "folder of the run; runs/PRESET if not given")
-    base: str = setting("", "folder of a finished run whose tokeniser and GPT to use instead of training")
+    base: str = setting("", "folder of a finished run whose GPT, tokeniser, length and text to use instead of training")
     eval: str = setting("", "folder of a finished run to report on again, at other lengths, texts or thresholds")
     seed: int = setting(0, "of everything: GPT, prompts, candidates")
     device: str = setting("", "cpu or cuda; if not given, cuda where there is one")
@@ -157,8 +157,8 @@ def parse(argv=None):
         given = settings_of(folder) | {"out": str(folder / "eval" if option == "eval" else folder)} | given
     if given.get("base"):
         own = settings_of(given["base"])                                   # to measure its speed: all that it was made with
-        left_out = ("out", "base", "eval", "device") if action == "bench" else set(own) - {*SIZES, "tokenizer", "corpus", "length"}
-        given = {name: value for name, value in own.items() if name not in left_out} | given
+        taken = set(own) - {"out", "base", "eval", "device"} if action == "bench" else {*SIZES, "tokenizer", "corpus", "length"}
+        given = {name: value for name, value in own.items() if name in taken} | given
     given.pop("resume", None)
     action = task if given.pop("show", None) else action
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -311,11 +311,6 @@ class CMAES:
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Prompts through the cache
 
-def some(batch, rows):
-    """The rows of a Batch in the slice `rows`."""
-    return dataclasses.replace(batch, tokens=batch.tokens[rows], answer=batch.answer[rows])
-
-
 @torch.no_grad()
 def evaluate(gpt, batch, config, manage=None, weights=False, copies=1):
     """Read the contexts with the cache managed, then ask. Rows B = copies x prompts, if the manager makes copies.
@@ -331,7 +326,7 @@ def evaluate(gpt, batch, config, manage=None, weights=False, copies=1):
     done, start, (N, L) = [], 0, batch.tokens.shape
     while start < N:
         rows = config.rows // copies if manage else config.rows * config.length // L
-        piece = some(batch, slice(start, start + max(1, rows)))
+        piece = batch.each(lambda x: x[start:start + max(1, rows)])
         try:
             got = answers(gpt, piece, config, manage, weights)
         except torch.OutOfMemoryError:
@@ -389,8 +384,7 @@ def score(task, exact, logprob):
 
 def prompts(part, task, count, rng, length, device):
     """`count` prompts of one task, on the device."""
-    batch = data.batch(part, [task] * count, rng, length)
-    return dataclasses.replace(batch, tokens=batch.tokens.to(device), answer=batch.answer.to(device))
+    return data.batch(part, [task] * count, rng, length).each(lambda x: x.to(device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -436,7 +430,7 @@ def fitness(gpt, params, statistics, best, part, tasks, lengths, count, rng, con
             for group in groups[(rank + parts) % size::size]:
                 manage = None if params is None else manager(params[group], statistics, config)
                 _, likelihood, _, cache = evaluate(gpt, batch, config, manage, manage is not None, len(group))
-                got = torch.stack([likelihood / best[task], cache])                          # (2,B)
+                got = torch.stack([likelihood / best[task], cache.float()])                  # (2,B)
                 total.index_add_(1, group, got.view(2, -1, count).mean(2))
             parts += 1
     total = summed(total).cpu() / parts
@@ -488,8 +482,7 @@ def evolve(gpt, parts, config, log, state, keep):
             star = "*" if g and value > state["highest"] else " "
             if star == "*":
                 state |= {"highest": value.item(), "chosen": mean}
-            if state["passed"] is None and value > full:
-                state["passed"] = g
+            state["passed"] = g if state["passed"] is None and value > full else state["passed"]
             of_mean = f"{value:12.3f}{star} {kept:6.1%}"
             point["mean"] = value.item()
         left = (time.time() - start) / (g + 1) * (config.generations - g)
@@ -529,18 +522,19 @@ def rule(method, params, statistics, slots, config):
         return manager(params[None].to(config.device), statistics, config), True
     name = method.removesuffix("_shared")
     shared = config.n_layer if name != method else 0
-    budget = max(1, math.ceil(slots - 1e-3))                               # 40.000001, by rounding, are 40
+    budget = max(1, math.ceil(slots - 1e-9))                               # a mean of 40, if rounding puts it just above
     return namm.baseline(name, budget, config.seed, shared), name in namm.ATTENTIVE
 
 
 def report(gpt, params, statistics, part, config):
     """Every method on every task and length: [{method, task, length, score, logprob, relative, cache, seed, ...}].
 
-    All methods answer the same prompts; those that evict read them in the same blocks, the others in one go. The baselines keep as many slots in each layer as NAMM has on
-    average at that length; those that end in `_shared`, as many in the mean over layers, as NAMM may. `ntk` is the full cache
-    with the rotary base scaled to the length, as one would extend a GPT's context without training. `lead`: NAMM's score minus
-    the method's; `lead_se`, its standard error over prompts, paired. `seconds`: for the prompts of all tasks, divided by the
-    number of tasks. For needle, `depths`: the score by where it was, in five equal parts of the context."""
+    All methods answer the same prompts; those that evict read them in the same blocks, the others in one go. The baselines keep
+    as many slots in each layer as NAMM has on average at that length; those that end in `_shared`, as many in the mean over
+    layers, as NAMM may. `ntk` is the full cache with the rotary base scaled to the length, as one would extend a GPT's context
+    without training. `lead`: NAMM's score minus the method's; `lead_se`, its standard error over prompts, paired. `seconds`: for
+    the prompts of all tasks, divided by the number of tasks. For needle, `depths`: the score by where it was, in five equal parts
+    of the context."""
     wanted, rows = config.methods.split(",") if config.methods else METHODS, []
     chosen = {times: [m for m in METHODS if m in wanted and (times <= 4 or m in FAR)] for times in config.report_at}
     bar = tqdm(total=sum(map(len, chosen.values())), desc="report", mininterval=1, dynamic_ncols=True, disable=None)
@@ -564,7 +558,7 @@ def report(gpt, params, statistics, part, config):
                                  relative=None, cache=cache[task].mean().item(), seed=config.seed, lead=lead.mean().item(),
                                  lead_se=(lead.var(correction=0) / count).sqrt().item(), seconds=taken / len(data.TASKS)))
                 if task == "needle":
-                    depth = data.depth(some(batch, slice(t * count, (t + 1) * count)))       # (count,) in 0..4
+                    depth = data.depth(batch.each(lambda x: x.split(count)[t]))              # (count,) in 0..4
                     rows[-1]["depths"] = [exact[task][depth == d].mean().item() if (depth == d).any() else None for d in range(5)]
             bar.update()
     gpt.config.rope_scale = config.rope_scale
@@ -906,8 +900,8 @@ def summary(paths):
     kept = [dict(row, method=row["kind"]) for row in rows("anatomy")]
     grid("Share kept, by kind of token", kept, "layer {0}, head {1}", lambda row: (row["layer"], row["head"]),
          lambda row: row["kept"])
-    spectra = [dict(method=f"layer {row['layer']}, head {row['head']}", bin=f, ratio=kept / (dropped or math.nan)) for row in rows("anatomy")
-               if row["kind"] == "all" for f, (kept, dropped) in enumerate(zip(row["spectrum_kept"], row["spectrum_dropped"]))]
+    spectra = [dict(method=f"layer {row['layer']}, head {row['head']}", bin=f, ratio=kept / (dropped or math.nan))
+               for row in rows("anatomy") if row["kind"] == "all" for f, (kept, dropped) in enumerate(zip(row["spectrum_kept"], row["spectrum_dropped"]))]
     grid("Mean spectrum of the tokens that stay over that of those that go, by frequency bin", spectra, "{0}",
          lambda row: (row["bin"],), lambda row: row["ratio"])
     over, lengths = means(rows("report")), sorted({row["length"] for run in runs for row in run["report"]})

@@ -13,7 +13,7 @@ one layer's cache (survivors and the T new ones), D width of a head, C width of 
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -116,7 +116,7 @@ class KVCache:
 def kept(cache):
     """Share of the tokens read that is alive in a cache, a list with a KVCache for each layer: mean over layers and heads, (B,)."""
     alive = sum(layer.alive.sum((1, 2)) for layer in cache)                # (B,)
-    return alive / (len(cache) * cache[0].alive.shape[1] * max(1, cache[0].seen))
+    return alive.double() / (len(cache) * cache[0].alive.shape[1] * max(1, cache[0].seen))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -362,8 +362,7 @@ def losses(gpt, batch, recall, draw):
 
 def gradient(gpt, batch, recall, seed, rows, precision):
     """Add the gradient of some rows (n,) of a batch, with noise that does not depend on which; their losses, (4,n)."""
-    own, generator = replace(batch, tokens=batch.tokens[rows], answer=batch.answer[rows]), torch.Generator(rows.device)
-    generator.manual_seed(seed)
+    own, generator = batch.each(lambda x: x[rows]), torch.Generator(rows.device).manual_seed(seed)
     draw = lambda *shape: torch.rand(len(recall), *shape, generator=generator, device=rows.device)[rows]
     with precision:
         answers, text, recalled, right = losses(gpt, own, recall[rows], draw)
@@ -374,7 +373,7 @@ def gradient(gpt, batch, recall, seed, rows, precision):
 def train(gpt, batches, steps, lr, precision, state=None, keep=None):
     """Train the matrices of the layers by Muon, all else by AdamW: a short warm-up, then a straight decay to 5 %.
 
-    `batches` gives for each step to come its prompts, with tokens (N,L), answer (N,L), tasks [name] * N; words to recall (N,L-1);
+    `batches` gives for each step to come its prompts, a data.Batch of tokens (N,L) and answer (N,L); words to recall (N,L-1);
     and a seed: the same in all processes, each of which takes its rows. `precision`: a context to compute the loss in. Out of
     memory, it goes on with half the rows at once: the gradient is the same. keep(state) is called every 100 steps; from that
     state, and the batches from its `step` on, the training goes on to the same bits."""
@@ -394,7 +393,7 @@ def train(gpt, batches, steps, lr, precision, state=None, keep=None):
         if keep and step % 100 == 0 and step > first:
             keep({"step": step, "model": gpt.state_dict(), "optimizers": [own.state_dict() for own in optimizers]})
         N, L = batch.tokens.shape
-        batch = replace(batch, tokens=batch.tokens.to(device), answer=batch.answer.to(device))
+        batch = batch.each(lambda x: x.to(device))
         rows, recall = torch.arange(rank, N, size, device=device), recall.to(device)
         for optimizer, peak in optimizers.items():
             optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / steps)
