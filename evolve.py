@@ -105,7 +105,7 @@ PRESETS = {
                   generations=3, popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2, far_prompts=1,
                   report_at=(1, 4, 8)),
     "gpu": dict(vocab_size=8192, n_layer=4, n_head=8, n_kv_head=2, n_embd=768, head_dim=96, n_hidden=2048, length=2048,
-                steps=400, batch_tokens=65_536, lr=2e-3, delay=512, capacity=128, generations=25, popsize=32, choose_prompts=16,
+                steps=400, batch_tokens=65_536, lr=2e-3, delay=64, capacity=128, generations=25, popsize=32, choose_prompts=16,
                 report_prompts=32, far_prompts=16, rows=512),
 }
 
@@ -514,6 +514,12 @@ def every_task(part, count, seed, length, device):
                                answer=torch.cat([batch.answer for batch in batches]))
 
 
+def slots_of(cache, batch, config):
+    """What was left by the last eviction, mean slots a head, from the shares of the context in the cache (B,): what came after
+    the last whole block was never judged, by any method, and does not count."""
+    return cache.mean().item() * batch.context - batch.context % config.delay
+
+
 def rule(method, params, statistics, slots, config):
     """(manager, does it look at the attention) of a method's name. slots: what NAMM kept in the mean; see `report`."""
     if method in ("full", "ntk"):
@@ -546,7 +552,7 @@ def report(gpt, params, statistics, part, config):
             gpt.config.rope_scale = config.rope_scale * (times if method == "ntk" else 1)
             exact, _, logprob, cache = evaluate(gpt, batch, config, *rule(method, params, statistics, slots, config))
             if method == "namm":
-                slots = cache.mean().item() * batch.context
+                slots = slots_of(cache, batch, config)
             of_task = lambda x: dict(zip(data.TASKS, x.cpu().split(count)))
             exact, logprob, cache, taken = of_task(exact), of_task(logprob), of_task(cache), time.time() - began
             for t, task in enumerate(data.TASKS):
@@ -586,7 +592,7 @@ def stream(gpt, params, statistics, part, config):
             bits.append(torch.nn.functional.cross_entropy(logits[:, :after.shape[1]].transpose(1, 2), after,
                                                           reduction="none") / math.log(2))
         bits, share = torch.cat(bits, dim=1), model.kept(cache).mean().item()
-        slots = slots or share * ends[-1]
+        slots = slots or share * ends[-1] - ends[-1] % config.delay
         rows += [{"method": method, "from": start, "to": end, "bits": bits[:, start:end].mean().item(), "cache": share,
                   "seed": config.seed} for start, end in zip([0] + ends, ends)]
     return rows
@@ -603,7 +609,7 @@ def curve(gpt, params, statistics, part, config):
             cut = dataclasses.replace(config, capacity=capacity, threshold=-math.inf)
             for method in ("namm", "streaming", "h2o", "tova", "snapkv"):
                 exact, _, logprob, cache = evaluate(gpt, batch, cut, *rule(method, params, statistics, slots, cut))
-                slots = slots or cache.mean().item() * batch.context
+                slots = slots or slots_of(cache, batch, config)
                 got = zip(data.TASKS, exact.chunk(len(data.TASKS)), logprob.chunk(len(data.TASKS)))
                 rows.append(dict(method=method, length=length, capacity=capacity, slots=slots, seed=config.seed,
                                  score=float(np.mean([score(*own) for own in got]))))

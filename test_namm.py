@@ -853,7 +853,8 @@ def test_fitness_is_the_candidate_s_own(parts):
 
 
 def test_a_rule_gets_the_slots_of_namm(parts):
-    """Catches: a rule with more or fewer slots than NAMM has, or one that shares them though its name does not say so."""
+    """Catches: a rule with more or fewer slots than NAMM has, also where the context does not end with a block: 8 of the first
+    48 tokens, and the 16 after them; or one that shares them though its name does not say so."""
     torch.manual_seed(0)
     gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, n_hidden=32, n_layer=3)).eval()
     tokens = torch.randint(parts[1].n_vocab, (2, 128))
@@ -862,6 +863,10 @@ def test_a_rule_gets_the_slots_of_namm(parts):
         model.read(gpt, tokens, cache, 64, *evolve.rule(method, None, None, 4.2, evolve.Config(device="cpu")))
         slots = torch.stack([layer.alive.sum((1, 2)) for layer in cache])                    # (layers,B), one head each
         assert (slots.sum(0) == 15).all() and (slots == 5).all() != method.endswith("_shared")
+    config = evolve.Config(device="cpu", length=128, delay=48, capacity=8, report_prompts=1, report_at=(1,),
+                           methods="namm,full,h2o,tova_shared")
+    rows = evolve.report(gpt, torch.zeros(4172), (torch.zeros(17), torch.ones(17)), parts[2]["report"], config)
+    assert all(row["cache"] == pytest.approx((8 + 16) / 64) for row in rows if row["method"] != "full")
 
 
 def test_bfloat16_gives_nearly_the_same_answers(parts, monkeypatch):
