@@ -73,7 +73,7 @@ class Config:
     recall: float = setting(0.25, "share of places, but for words, where a head is asked for a word to remember")
     # the cache
     delay: int = setting(32, "tokens between two evictions, a multiple of 16")
-    capacity: int = setting(40, "most slots that NAMM keeps in a head, in the mean over heads and layers; 0 for any number")
+    capacity: int = setting(64, "most slots that NAMM keeps in a head, in the mean over heads and layers; 0 for any number")
     slots: str = setting("shared", "shared: all heads of all layers keep their best together; own: each head its own best")
     threshold: float = setting(0.0, "a token that scores less leaves the cache")
     positions: str = setting("renumbered", "of cached keys: renumbered inside the cache, or original (the paper)")
@@ -82,7 +82,7 @@ class Config:
     scorer: str = setting("bam", f"how: {', '.join(namm.SCORERS)}")
     heads: str = setting("apart", "apart: each head drops its own tokens; together: a layer's heads drop the same")
     # evolution
-    generations: int = setting(40, "generations")
+    generations: int = setting(25, "generations")
     stages: int = setting(1, "1: all tasks from the start; 2 or 3: one more task in each of so many equal stages")
     popsize: int = setting(16, "candidates in a generation")
     sigma: float = setting(0.6, "first step size, in units of one over the root of a weight's inputs")
@@ -105,7 +105,7 @@ PRESETS = {
                   generations=3, popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2, far_prompts=1,
                   report_at=(1, 4, 8)),
     "gpu": dict(vocab_size=8192, n_layer=4, n_head=8, n_kv_head=2, n_embd=768, head_dim=96, n_hidden=2048, length=2048,
-                steps=400, batch_tokens=65_536, lr=2e-3, delay=64, capacity=128, generations=25, popsize=32, choose_prompts=16,
+                steps=400, batch_tokens=65_536, lr=2e-3, delay=64, capacity=128, features="closed", popsize=32, choose_prompts=16,
                 report_prompts=32, far_prompts=16, rows=512),
 }
 

@@ -102,7 +102,7 @@ def features(average, age, mean, std):
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Features -> scores: backward attention memory (section 3.2)
 
-SEES = ("all", "spectrum", "age", "values", "moments")                    # what the scorer is given; all is the paper
+SEES = ("all", "closed", "spectrum", "age", "values", "moments")          # what the scorer is given; closed is the paper
 BLIND = {"spectrum": slice(0, N_AGE), "age": slice(N_AGE, N_IN)}          # which of the 25 it is then given as zero
 
 
@@ -217,7 +217,11 @@ def eviction(capacity, shared=0):
 
 def spectra(cache, attention, sees):
     """Steps 1 and 2 for one layer: what each slot received in this block, attention (B,K,T,S), added to what the cache
-    remembers of it. -> moving averages (B,K,S,F)."""
+    remembers of it. -> moving averages (B,K,S,F).
+
+    Not in the paper: a Hann window falls to zero, so in frames that are complete the newest queries count next to nothing, and
+    nobody knows better what will be asked for. Unless `sees` is "closed" they count in the frame that they have opened as well,
+    where the newest counts most. With blocks of 512 tokens that is a detail, with blocks of 32 it is half of what was seen."""
     B, K, T, S = attention.shape
     attention = attention.float()
     if "spectrum" not in cache.state:
@@ -232,6 +236,9 @@ def spectra(cache, attention, sees):
         average[:, :, :seen] = moving_average(magnitudes, average[:, :, :seen], gamma)
         tail = piece[:, :, -HOP:].transpose(-1, -2)
     cache.state = {"tail": tail.contiguous(), "spectrum": average}
+    if transform is spectrogram and sees != "closed":                      # the frame that the newest HOP queries have opened, its
+        opened, _ = spectrogram(attention.new_zeros(B, K, HOP, S), tail)   # other half still zero: judged by, not remembered
+        average = moving_average(opened, average, gamma)
     return average
 
 

@@ -325,7 +325,7 @@ def test_features_put_age_first():
     assert x[0, 4:6].tolist() == pytest.approx([math.cos(3), math.cos(3 * 50000 ** -0.25)], abs=1e-6)
 
 
-def naive_namm(gpt, tokens, delay, p, mean, std, capacity):
+def naive_namm(gpt, tokens, delay, p, mean, std, capacity, sees):
     """Which tokens live, in each layer and head, after one row was read: the whole method with lists and loops, from the
     attention that the cache's own masks give. Returns {(layer, head): [position]}."""
     lives, past = {}, {}
@@ -343,6 +343,9 @@ def naive_namm(gpt, tokens, delay, p, mean, std, capacity):
                     gamma = 0.99 ** (16 * 512 / delay)                     # per frame; 0.99 ** 16 for the paper's blocks of 512
                     E = gamma * E + (1 - gamma) * wave
                 spectra.append((position, series[-16:], E))
+                if sees == "all":                                          # and the frame that is still open
+                    wave = torch.fft.rfft(torch.cat([series[-16:], torch.zeros(16)]) * torch.hann_window(32)).abs()
+                    E = gamma * E + (1 - gamma) * wave
                 angle = (cache.seen - 1 - position) * 50000 ** (-torch.arange(4) / 4)
                 rows.append(torch.cat([angle.sin(), angle.cos(), ((E - mean) / std).asinh()]))
             scores = naive_bam(torch.stack(rows), p)
@@ -363,21 +366,21 @@ def naive_namm(gpt, tokens, delay, p, mean, std, capacity):
     return lives
 
 
-@pytest.mark.parametrize("capacity", [1000, 26, 9])
-def test_population_in_one_pass_equals_one_candidate_at_a_time(capacity):
+@pytest.mark.parametrize("capacity, sees", [(1000, "all"), (26, "closed"), (9, "all")])
+def test_population_in_one_pass_equals_one_candidate_at_a_time(capacity, sees):
     """Three candidates on two prompts in one pass keep, in each layer and head, exactly the tokens that the method in
     plain loops keeps for each candidate and prompt alone. Catches: rows mixed up when the cache is stacked, statistics
     of dead slots leaking in, spectra that lose their slot at an eviction, the first block handled differently, dead slots
-    that take a live one's place within the capacity, an average that forgets by the token."""
+    that take a live one's place within the capacity, an average that forgets by the token, an open frame that is remembered."""
     gpt, tokens, delay = tiny_gpt(), some_tokens(2, 96), 32
     torch.manual_seed(3)
     params, mean, std = 0.2 * torch.randn(3, 4172), 0.1 * torch.rand(17), 0.05 + torch.rand(17)
     cache = gpt.new_cache(2)
-    model.read(gpt, tokens, cache, delay, namm.namm(params, mean, std, capacity=capacity), weights=True)
+    model.read(gpt, tokens, cache, delay, namm.namm(params, mean, std, capacity=capacity, sees=sees), weights=True)
     shares = []
     for candidate in range(3):
         for prompt in range(2):
-            want = naive_namm(gpt, tokens[prompt:prompt + 1], delay, params[candidate], mean, std, capacity)
+            want = naive_namm(gpt, tokens[prompt:prompt + 1], delay, params[candidate], mean, std, capacity, sees)
             for (layer, head), positions in want.items():
                 own = cache[layer]
                 got = own.positions[2 * candidate + prompt, head][own.alive[2 * candidate + prompt, head]].tolist()
@@ -429,7 +432,7 @@ def test_zero_parameters_keep_everything_and_the_newest_token_always_stays():
 def test_statistics_are_those_of_all_spectra():
     """Catches: a sample instead of the biased variance, or spectra of some layers, heads or runs left out."""
     gpt, tokens, seen, totals = tiny_gpt(), some_tokens(2, 48), [], torch.zeros(3, 17, dtype=torch.float64)
-    collect = namm.statistics(totals)
+    collect = namm.statistics(totals, "closed")
 
     def manage(layer, cache, received):
         collect(layer, cache, received)
