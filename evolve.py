@@ -619,8 +619,8 @@ def curve(gpt, params, statistics, part, config):
 @torch.no_grad()
 def watch(gpt, params, statistics, batch, config):
     """What becomes of each of the n tokens of N contexts, a dict for each layer: lives (N,K,n) bool, at the end; score (N,K,n),
-    the last, NaN for a token never judged; spectrum (N,K,n,F), the last moving average; seen [(K,n,F)], the first prompt's
-    after each block, zero where the token is gone."""
+    the last, NaN for a token never judged; spectrum (N,K,n,F), the last moving average of complete frames; seen [(K,n,F)],
+    the first prompt's after each block, zero where the token is gone."""
     manage, n = manager(params[None].to(config.device), statistics, config), batch.context
     new = lambda *last: batch.tokens.new_zeros(len(batch.tokens), config.n_kv_head, n, *last, dtype=torch.float)
     fate = [{"lives": new() == 0, "score": new() / 0, "spectrum": new(namm.F), "seen": []} for _ in gpt.layers]
