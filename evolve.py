@@ -514,10 +514,10 @@ def every_task(part, count, seed, length, device):
                                answer=torch.cat([batch.answer for batch in batches]))
 
 
-def slots_of(cache, batch, config):
-    """What was left by the last eviction, mean slots a head, from the shares of the context in the cache (B,): what came after
-    the last whole block was never judged, by any method, and does not count."""
-    return cache.mean().item() * batch.context - batch.context % config.delay
+def slots_of(share, n, config):
+    """Slots a head, in the mean, that the last eviction left of n tokens, from the share of them in the cache. What came after
+    the last whole block was never judged, by any method, and does not count; without a whole block all n do."""
+    return share * n - (n % config.delay if n >= config.delay else 0)
 
 
 def rule(method, params, statistics, slots, config):
@@ -552,7 +552,7 @@ def report(gpt, params, statistics, part, config):
             gpt.config.rope_scale = config.rope_scale * (times if method == "ntk" else 1)
             exact, _, logprob, cache = evaluate(gpt, batch, config, *rule(method, params, statistics, slots, config))
             if method == "namm":
-                slots = slots_of(cache, batch, config)
+                slots = slots_of(cache.mean().item(), batch.context, config)
             of_task = lambda x: dict(zip(data.TASKS, x.cpu().split(count)))
             exact, logprob, cache, taken = of_task(exact), of_task(logprob), of_task(cache), time.time() - began
             for t, task in enumerate(data.TASKS):
@@ -592,7 +592,7 @@ def stream(gpt, params, statistics, part, config):
             bits.append(torch.nn.functional.cross_entropy(logits[:, :after.shape[1]].transpose(1, 2), after,
                                                           reduction="none") / math.log(2))
         bits, share = torch.cat(bits, dim=1), model.kept(cache).mean().item()
-        slots = slots or share * ends[-1] - ends[-1] % config.delay
+        slots = slots or slots_of(share, ends[-1], config)
         rows += [{"method": method, "from": start, "to": end, "bits": bits[:, start:end].mean().item(), "cache": share,
                   "seed": config.seed} for start, end in zip([0] + ends, ends)]
     return rows
@@ -609,7 +609,7 @@ def curve(gpt, params, statistics, part, config):
             cut = dataclasses.replace(config, capacity=capacity, threshold=-math.inf)
             for method in ("namm", "streaming", "h2o", "tova", "snapkv"):
                 exact, _, logprob, cache = evaluate(gpt, batch, cut, *rule(method, params, statistics, slots, cut))
-                slots = slots or slots_of(cache, batch, config)
+                slots = slots or slots_of(cache.mean().item(), batch.context, config)
                 got = zip(data.TASKS, exact.chunk(len(data.TASKS)), logprob.chunk(len(data.TASKS)))
                 rows.append(dict(method=method, length=length, capacity=capacity, slots=slots, seed=config.seed,
                                  score=float(np.mean([score(*own) for own in got]))))

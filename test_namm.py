@@ -432,11 +432,12 @@ def test_zero_parameters_keep_everything_and_the_newest_token_always_stays():
 def test_statistics_are_those_of_all_spectra():
     """Catches: a sample instead of the biased variance, or spectra of some layers, heads or runs left out."""
     gpt, tokens, seen, totals = tiny_gpt(), some_tokens(2, 48), [], torch.zeros(3, 17, dtype=torch.float64)
-    collect = namm.statistics(totals, "closed")
+    collect = namm.statistics(totals)
 
     def manage(layer, cache, received):
         collect(layer, cache, received)
-        seen.append(cache.state["spectrum"].flatten(0, 2))
+        opened = torch.fft.rfft(F.pad(cache.state["tail"], (0, 16)) * torch.hann_window(32)).abs()       # the frame still open
+        seen.append((0.99 ** 512 * cache.state["spectrum"] + (1 - 0.99 ** 512) * opened).flatten(0, 2))
 
     model.read(gpt, tokens, gpt.new_cache(2), 16, manage, weights=True)
     mean, std = namm.mean_std(totals)
@@ -857,7 +858,7 @@ def test_fitness_is_the_candidate_s_own(parts):
 
 def test_a_rule_gets_the_slots_of_namm(parts):
     """Catches: a rule with more or fewer slots than NAMM has, also where the context does not end with a block: 8 of the first
-    48 tokens, and the 16 after them; or one that shares them though its name does not say so."""
+    48 tokens, and the 16 after them, or has no whole block; or one that shares them though its name does not say so."""
     torch.manual_seed(0)
     gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, n_hidden=32, n_layer=3)).eval()
     tokens = torch.randint(parts[1].n_vocab, (2, 128))
@@ -870,6 +871,7 @@ def test_a_rule_gets_the_slots_of_namm(parts):
                            methods="namm,full,h2o,tova_shared")
     rows = evolve.report(gpt, torch.zeros(4172), (torch.zeros(17), torch.ones(17)), parts[2]["report"], config)
     assert all(row["cache"] == pytest.approx((8 + 16) / 64) for row in rows if row["method"] != "full")
+    assert [evolve.slots_of(share, n, config) for share, n in ((0.5, 96), (0.375, 64), (1, 32))] == [48, 8, 32]
 
 
 def test_bfloat16_gives_nearly_the_same_answers(parts, monkeypatch):
