@@ -7,7 +7,7 @@ After Cetin, Sun, Zhao, Tang: An Evolved Universal Transformer Memory, ICLR 2025
   3. features         ... normalised, with the token's age beside it        ->  25 numbers a token
   4. bam_scores       backward attention memory: each token is judged beside all newer ones  ->  one score a token
   5. keep_mask        a token whose score is below zero leaves that head's cache, and `eviction`: so do all but the best
-  6. namm             the five together, as a manager of a cache
+  6. namm             the five together, as a manager of a cache; `spectra` joins 1 and 2, and adds a frame to the paper's
   7. BASELINES        hand-made rules behind the same interface
 
 To see what a part is worth, there are plainer ones in its place: `values` and `moments` for 1, `linear_scores`,
