@@ -47,6 +47,13 @@ def fourier(device):
     return (torch.cat([turn.cos(), turn[1:-1].sin()]) * torch.hann_window(N_FFT)).to(device)
 
 
+def magnitudes(windows):
+    """Fourier magnitudes of windows (...,n,S) of n <= 32 samples, zeros in place of those that are missing: (...,F,S)."""
+    cosines, sines = (fourier(windows.device)[:, :windows.shape[-2]] @ windows).square_().split([F, F - 2], dim=-2)
+    cosines[..., 1:-1, :] += sines
+    return cosines.sqrt_()
+
+
 def spectrogram(attention, tail):
     """Short-time Fourier magnitudes of the attention that each slot received.
 
@@ -58,9 +65,7 @@ def spectrogram(attention, tail):
     """
     samples = torch.cat([tail.transpose(-1, -2), attention], dim=2)                              # (B,K,HOP+T,S)
     windows = samples.unfold(2, N_FFT, HOP).transpose(-1, -2)                                    # (B,K,frames,32,S)
-    cosines, sines = (fourier(attention.device) @ windows).square_().split([F, F - 2], dim=-2)
-    cosines[..., 1:-1, :] += sines                                                               # (B,K,frames,F,S)
-    return cosines.sqrt_().permute(0, 1, 4, 2, 3), samples[:, :, -HOP:].transpose(-1, -2)
+    return magnitudes(windows).permute(0, 1, 4, 2, 3), samples[:, :, -HOP:].transpose(-1, -2)
 
 
 def values(attention, tail):
@@ -79,12 +84,12 @@ def moments(attention, tail):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Spectrogram -> one spectrum a token (section 3.1)
 
-def moving_average(magnitudes, old, gamma):
-    """E = gamma^frames * old + sum over frames t of (1 - gamma) * gamma^(frames - 1 - t) * magnitude t.
+def moving_average(spectra, old, gamma):
+    """E = gamma^frames * old + sum over frames t of (1 - gamma) * gamma^(frames - 1 - t) * spectrum t.
 
-    magnitudes (B,K,S,frames,F), old (B,K,S,F), zero for a new slot -> (B,K,S,F). No correction of the start's bias."""
-    for magnitude in magnitudes.unbind(3):                                 # (B,K,S,F)
-        old = magnitude.lerp(old, gamma)                                   # gamma * old + (1 - gamma) * magnitude
+    spectra (B,K,S,frames,F), old (B,K,S,F), zero for a new slot -> (B,K,S,F). No correction of the start's bias."""
+    for spectrum in spectra.unbind(3):                                     # (B,K,S,F)
+        old = spectrum.lerp(old, gamma)                                    # gamma * old + (1 - gamma) * spectrum
     return old
 
 
@@ -232,13 +237,13 @@ def spectra(cache, attention, sees):
     step = HOP if attention.device.type == "cpu" else T                    # frame by frame: it fits the cache of a CPU
     for start in range(0, T, step):
         piece, seen = attention[:, :, start:start + step], S - T + start + step
-        magnitudes, _ = transform(piece[..., :seen], tail[:, :, :seen])    # younger slots have received nothing yet
-        average[:, :, :seen] = moving_average(magnitudes, average[:, :, :seen], gamma)
+        frames, _ = transform(piece[..., :seen], tail[:, :, :seen])        # younger slots have received nothing yet
+        average[:, :, :seen] = moving_average(frames, average[:, :, :seen], gamma)
         tail = piece[:, :, -HOP:].transpose(-1, -2)
     cache.state = {"tail": tail.contiguous(), "spectrum": average}
     if transform is spectrogram and sees != "closed":                      # the frame that the newest HOP queries have opened, its
-        opened, _ = spectrogram(attention.new_zeros(B, K, HOP, S), tail)   # other half still zero: judged by, not remembered
-        average = moving_average(opened, average, gamma)
+        opened = magnitudes(tail.transpose(-1, -2))                        # other half still to come: judged by, not remembered
+        average = opened.transpose(-1, -2).lerp(average, gamma)
     return average
 
 
