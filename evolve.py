@@ -96,7 +96,7 @@ class Config:
     far_prompts: int = setting(6, "the same beyond 4 times the training length")
     report_at: tuple = setting((1, 4, 8, 16), "lengths to report at, in training lengths")
     methods: str = setting("", "methods to report on, such as namm,full, and no more than that; if not given, all")
-    rows: int = setting(16, "rows (candidates x prompts) read at once: few, since all are padded to the largest cache")
+    rows: int = setting(32, "rows (candidates x prompts) read at once: few, since all are padded to the largest cache")
 
 
 PRESETS = {
@@ -105,7 +105,7 @@ PRESETS = {
                   generations=3, popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2, far_prompts=1,
                   report_at=(1, 4, 8)),
     "gpu": dict(vocab_size=8192, n_layer=4, n_head=8, n_kv_head=2, n_embd=768, head_dim=96, n_hidden=2048, length=2048,
-                steps=400, batch_tokens=65_536, lr=2e-3, delay=64, capacity=128, features="closed", popsize=32, choose_prompts=16,
+                steps=400, batch_tokens=65_536, lr=2e-3, delay=64, capacity=128, generations=15, popsize=32, choose_prompts=16,
                 report_prompts=32, far_prompts=16, rows=512),
 }
 
@@ -602,8 +602,9 @@ def curve(gpt, params, statistics, part, config):
     """Score against slots: [{method, length, capacity, slots, score, seed}], means over tasks. One evolved vector gives NAMM's
     whole curve: the best by its scores, as many as the `capacity` is. The baselines keep as many slots as it has."""
     rows = []
-    for length in [times * config.length for times in config.report_at if times != 8]:
-        batch = every_task(part, min(8, config.far_prompts), [config.seed, 7, length], length, config.device)
+    for times in [times for times in config.report_at if times != 8]:
+        length, count = times * config.length, min(8 if times <= 4 else 2, config.far_prompts)
+        batch = every_task(part, count, [config.seed, 7, length], length, config.device)
         for share in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4):
             capacity, slots = math.ceil(share * (config.capacity or config.delay)), None
             cut = dataclasses.replace(config, capacity=capacity, threshold=-math.inf)
@@ -1062,15 +1063,18 @@ def seconds(f, device, again=3):
     return float(np.median(times[1:] or times))
 
 
-def shares(f, device):
-    """{part: its share of the time of f(), as text} for the parts of NAMM and the rest, which is the GPT's."""
-    with torch.profiler.profile() as profile:
-        with torch.profiler.record_function("all"):
-            f()
-    time_of = {event.key: event.device_time_total if device == "cuda" else event.cpu_time_total
-               for event in profile.key_averages()}
-    part = {name: time_of[name] / time_of["all"] for name in ("spectrogram", "BAM", "eviction")}
-    return {name: f"{share:.0%}" for name, share in {"GPT": 1 - sum(part.values()), **part}.items()}
+def profiled(f, device):
+    """{name: (seconds, seconds without what it calls)} of the operations and regions of f() on this device, "all" for f itself."""
+    with torch.profiler.profile() as profile, torch.profiler.record_function("all"):
+        f()
+    kind = "device" if device == "cuda" else "cpu"
+    return {event.key: tuple(getattr(event, f"{own}{kind}_time_total") / 1e6 for own in ("", "self_"))
+            for event in profile.key_averages()}
+
+
+def percent(parts, total):
+    """{part: its share of the total, as text}."""
+    return {name: f"{part / total:.0%}" for name, part in parts.items()}
 
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}                    # dense bfloat16 operations a second, data sheets
@@ -1111,7 +1115,9 @@ def bench_reading(gpt, params, statistics, part, config):
             taken[kind].append(seconds(whole, device, 0))
         speeds = [f"{text.numel() / np.median(taken[kind][1:]):,.0f}" for kind in kinds]           # the first warms up
         print(f"| {text.shape[1]} | {' | '.join(speeds)} | {slots['full cache, fused']} | {slots['NAMM']} |", flush=True)
-    print("\nshares of the time with NAMM, at the longest:", shares(whole, device))
+    took = profiled(whole, device)
+    own, total = {name: took[name][0] for name in ("spectrogram", "BAM", "eviction")}, took["all"][0]
+    print("\nshares of the time with NAMM, at the longest:", percent({"GPT": total - sum(own.values()), **own}, total))
 
 
 def bench(config, parts, gpt, evolved):
@@ -1137,13 +1143,21 @@ def bench(config, parts, gpt, evolved):
               + ("" if diagonal else f"; an eigendecomposition every {es.lazy_gap}: "
                  f"{seconds(lambda: torch.linalg.eigh(es.C), 'cpu', 0):.1f} s"))
     words = data.training_batch(parts["train"], np.random.default_rng(0), config.batch_tokens // config.length, config.length, 0.25)
-    took = seconds(lambda: train(gpt, [(*words, 0)] * 4, 4, 1e-9, precision(device)), device) / 4
+    step = lambda: train(gpt, [(*words, 0)] * 4, 4, 1e-9, precision(device))
+    took = seconds(step, device) / 4
     # 6 operations a weight and token, 12 a layer, head width and slot (Kaplan et al. 2020), as if nothing were sampled
     work = config.batch_tokens * (6 * sum(p.numel() for p in gpt.parameters()) + 12 * config.n_layer * config.n_head
                                   * config.head_dim * config.length)
     peak = next((peak for name, peak in PEAK.items() if device == "cuda" and name in torch.cuda.get_device_name()), None)
     print(f"pre-training: {config.batch_tokens / took:,.0f} tokens a second, {work / took / 1e9:,.1f} GFLOP/s"
           + (f", {work / took / peak:.0%} of peak" if peak else ""))
+    alone, kinds = {name: own for name, (_, own) in profiled(step, device).items() if name.startswith("aten::")}, {}
+    for name, own in alone.items():
+        kind = "attention" if "attention" in name else "matrix products" if name.endswith("mm") else "all else, which moves memory"
+        kinds[kind] = kinds.get(kind, 0) + own
+    total, most = sum(alone.values()), sorted(alone, key=alone.get)[:-9:-1]
+    print(f"of it the operations take {total / 4 / took:.0%}; of these {percent(kinds, total)}; most of all "
+          f"{percent({name: alone[name] for name in most}, total)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

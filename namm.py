@@ -104,6 +104,11 @@ def features(average, age, mean, std):
     return torch.cat([angle.sin(), angle.cos(), (average - mean) / std.clamp(min=1e-7)], dim=-1)
 
 
+def asinh(x):
+    """torch.asinh, which on a CPU is computed number by number: in a quarter of its time, a fifteenth of all that reading takes."""
+    return (x.abs() + (x * x + 1).sqrt_()).log_().copysign_(x)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Features -> scores: backward attention memory (section 3.2)
 
@@ -261,7 +266,7 @@ def namm(params, mean, std, threshold=0.0, capacity=None, sees="all", scorer="ba
         with torch.autocast(attention.device.type, enabled=False):         # float32 here, whatever the GPT computes in
             with record_function("spectrogram"):                           # the names that `evolve.py --bench` prints
                 x = features(spectra(cache, attention, sees), cache.seen - 1 - cache.positions, mean, std)
-                x[..., N_AGE:].asinh_()                                    # a lone fact draws more than evolution has seen
+                x[..., N_AGE:] = asinh(x[..., N_AGE:])                     # a lone fact draws more than evolution has seen
             if sees in BLIND:
                 x[..., BLIND[sees]] = 0.0
             with record_function("BAM"):

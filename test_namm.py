@@ -582,6 +582,22 @@ def test_cmaes_resumes_exactly(diagonal):
     assert torch.equal(go(second, 5).mean, whole.mean) and second.sigma == whole.sigma
 
 
+@pytest.mark.parametrize("shape", [(64, 176), (128, 64), (32, 32)])
+def test_muon_steps_as_torchs_does(shape):
+    """Three steps beside torch.optim.Muon, which rounds to bfloat16. Catches: a wrong coefficient or momentum, Nesterov's or the
+    factor of tall matrices left out, a matrix turned the wrong way."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for _ in range(2)]
+    optimizers = [model.Muon(weights[:1], lr=0.1), torch.optim.Muon(weights[1:], lr=0.1, weight_decay=0.0)]
+    for _ in range(3):
+        gradient = torch.randn(shape)
+        for weight, optimizer in zip(weights, optimizers):
+            weight.grad = gradient.clone()
+            optimizer.step()
+        mine, torchs = weights
+        assert (mine - torchs).norm() < 0.03 * torchs.norm()
+
+
 # --- the data ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
@@ -775,15 +791,15 @@ def test_out_of_memory_halves_the_rows_and_changes_nothing(parts, monkeypatch, c
     params = 0.3 * torch.randn(2, 4172)
     for most in (1000, 7):                                                 # two candidates: at most three prompts at once
         limit(most)
-        config = evolve.Config(device="cpu", capacity=20)
+        config = evolve.Config(device="cpu", rows=16, capacity=20)
         batch = data.batch(made["report"], ["multikey"] * 9, np.random.default_rng(0), 128)
         scores.append(evolve.evaluate(gpt, batch, config, namm.namm(params, torch.zeros(17), torch.ones(17), capacity=20), True))
         assert (config.rows < 16) == (most == 7)
         many = data.batch(made["report"], ["multikey"] * 40, np.random.default_rng(0), 128)
-        config = evolve.Config(device="cpu")
+        config = evolve.Config(device="cpu", rows=16)
         scores[-1] = [*scores[-1], *evolve.evaluate(gpt, many, config, namm.baseline("tova", 20), True)]
         assert config.rows == (4 if most == 7 else 16)                     # halved twice, not once more for each further piece
-        config = evolve.Config(device="cpu", length=64, delay=16, evolve_at=(2,))
+        config = evolve.Config(device="cpu", rows=16, length=64, delay=16, evolve_at=(2,))
         scores[-1] += evolve.feature_statistics(gpt, made["evolve"], config)
     for got, want in zip(*scores):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
