@@ -772,7 +772,9 @@ def claims(rows):
     """Markdown, a line for each length: NAMM beside the full cache there, beside the full cache at the shortest length, where
     the GPT is at its best, and beside the best hand-made rule. Means over tasks, then over seeds; relative is a ratio of
     means, since a full cache's score near 0 would blow up the mean of the ratios."""
-    over, lengths = means(rows), sorted({row["length"] for row in rows})
+    over, lengths, asked = means(rows), sorted({row["length"] for row in rows}), {row["method"] for row in rows}
+    if "ntk" not in asked or not asked & set(namm.BASELINES):              # with --methods
+        return ""
     text = ["| tokens | full cache | NTK | NAMM | relative | cache | of the best: evolved on | other tasks | all | best rule | "
             "NAMM ahead |", "|---" * 11 + "|"]
     for n in lengths:
@@ -781,7 +783,7 @@ def claims(rows):
         share = lambda tasks: spread(ratio(over("namm", n, tasks), over("full", lengths[0], tasks)))
         text.append(f"| {n} | {spread(over('full', n))} | {spread(over('ntk', n))} | {spread(over('namm', n))} | "
                     f"{ratio([over('namm', n).mean()], [over('full', n).mean()])[0]:.2f} | "
-                    f"{over('namm', n, key='cache').mean():.2f} | "
+                    f"{over('namm', n, key='cache').mean():.3f} | "
                     f"{share(data.EVOLVED)} | {share(OTHERS)} | {share(tuple(data.TASKS))} | {best} {spread(over(best, n))} | "
                     + "{:+.3f} ± {:.3f} |".format(*lead([row for row in rows if (row["method"], row["length"]) == (best, n)])))
     return "\n".join(text) + "\n"
@@ -872,64 +874,70 @@ def picture_evolution(cost):
     return svg(740, 255, body + legend(colors))
 
 
-def summary(paths):
-    """Print Markdown from the results.json of several runs, and draw pictures beside the first: curve, needle, evolution. The
-    first run and those that differ from it only in seed and base are one group: tables of means over seeds. All other runs are
-    grouped by what they changed, one line a group."""
-    runs = [json.loads(pathlib.Path(path).read_text()) for path in paths]
-    if not runs or not all(isinstance(run, dict) and "report" in run for run in runs):
-        raise ValueError("--summary: give it the results.json of one run or more")
-    if runs[0]["config"]["methods"]:
-        raise ValueError("--summary: the first run must have reported on all methods")
-    first = runs[0]["config"]
-    changed = lambda run: ", ".join([f"{k} {v}" for k, v in run["config"].items()
-                                     if k not in (*FREE, "seed", "base", "eval") and v != first.get(k)]
-                                    + [f"no {k}" for k in first if k not in run["config"]])        # an older version's run
-    groups = {}
-    for run in runs:
-        groups.setdefault(changed(run), []).append(run)
-    rows = lambda name: [row for run in groups[""] for row in run[name]]
-    text = [claims(rows("report")), table(rows("report"))]
+def grid(title, rows, column, cell, digits=2):
+    """Markdown, a title and a table, or nothing if there are no rows: the mean of cell(row) over tasks and seeds, a line for each
+    row["method"], a column for each column(row)."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["method"], {}).setdefault(column(row), []).append(cell(row))
+    columns = list(dict.fromkeys(map(column, rows)))
+    lines = [f"\n{title}\n", f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"] if rows else []
+    return lines + [f"| {method} | " + " | ".join(f"{np.mean(own[c]):.{digits}f}" if c in own else "" for c in columns) + " |"
+                    for method, own in found.items()]
 
-    def grid(title, rows, across, value, cell):
-        """A table of the mean of `cell` over seeds: a line a method, a column for each value(row)."""
-        columns = sorted({value(row) for row in rows})
-        text.append(f"\n{title}\n\n| method | {' | '.join(across.format(*column) for column in columns)} |\n"
-                    + "|---" * (len(columns) + 1) + "|")
-        for method in dict.fromkeys(row["method"] for row in rows):
-            own = {c: [cell(row) for row in rows if row["method"] == method and value(row) == c] for c in columns}
-            text.append(f"| {method} | " + " | ".join(f"{np.mean(own[c]):.2f}" if own[c] else "" for c in columns) + " |")
 
-    grid("Bits per token of streamed text", rows("stream"), "{0}-{1}", lambda row: (row["from"], row["to"]),
-         lambda row: row["bits"])
-    grid("Six tokens quoted from anywhere: score of the two after them", rows("lost"), "{0} tokens", lambda row: (row["length"],),
-         lambda row: row["score"])
-    kept = [dict(row, method=row["kind"]) for row in rows("anatomy")]
-    grid("Share kept, by kind of token", kept, "layer {0}, head {1}", lambda row: (row["layer"], row["head"]),
-         lambda row: row["kept"])
-    spectra = [dict(method=f"layer {row['layer']}, head {row['head']}", bin=f, ratio=kept / (dropped or math.nan))
-               for row in rows("anatomy") if row["kind"] == "all" for f, (kept, dropped) in enumerate(zip(row["spectrum_kept"], row["spectrum_dropped"]))]
-    grid("Mean spectrum of the tokens that stay over that of those that go, by frequency bin", spectra, "{0}",
-         lambda row: (row["bin"],), lambda row: row["ratio"])
-    over, lengths = means(rows("report")), sorted({row["length"] for run in runs for row in run["report"]})
-    grid("Seconds for the same prompts, over the full cache's", rows("report"), "{0} tokens", lambda row: (row["length"],),
-         lambda row: row["seconds"] / over("full", row["length"], key="seconds").mean())
-    text.append("\n| changed | seeds | " + " | ".join(f"{n} tokens: score, full cache's, cache" for n in lengths) + " |\n"
-                + "|---" * (len(lengths) + 2) + "|")
+def changes(groups):
+    """Markdown, a line for each group of runs, {what they changed: runs}: NAMM's score, the full cache's, share of the cache."""
+    lengths = sorted({row["length"] for group in groups.values() for run in group for row in run["report"]})
+    text = ["\n| changed | seeds | " + " | ".join(f"{n} tokens: score, full cache's, cache" for n in lengths) + " |",
+            "|---" * (len(lengths) + 2) + "|"]
     for change, group in groups.items():
         of = means([row for run in group for row in run["report"]])
         text.append(f"| {change or 'nothing'} | {len(group)} | " + " | ".join(
             f"{spread(of('namm', n), 3)}, {of('full', n).mean():.3f}, {of('namm', n, key='cache').mean():.2f}"
             if len(of("namm", n)) else "" for n in lengths) + " |")
-    text.append("\nEvolution, run by run\n")
-    for run in groups[""]:
-        cost = {key: value for key, value in run["evolution"].items() if key != "history"}
-        text.append(f"* seed {run['config']['seed']}: {json.dumps(cost)}")
-    print("\n".join(text))
+    return text
+
+
+def summary(paths):
+    """Print Markdown from the results.json of several runs, and draw pictures beside the first: curve, needle, evolution. The
+    first run and those that differ from it only in seed and base are one group: tables of means over seeds. All other runs are
+    grouped by what they changed, one line a group."""
+    try:
+        runs = [json.loads(pathlib.Path(path).read_text()) for path in paths]
+    except ValueError:
+        runs = []
+    if not runs or not all(isinstance(run, dict) and "report" in run for run in runs):
+        raise ValueError("--summary: give it the results.json of one run or more")
+    first, groups = runs[0]["config"], {}
+    changed = lambda run: ", ".join([f"{k} {v}" for k, v in run["config"].items()
+                                     if k not in (*FREE, "seed", "base", "eval") and v != first.get(k)]
+                                    + [f"no {k}" for k in first if k not in run["config"]])        # an older version's run
+    for run in runs:
+        groups.setdefault(changed(run), []).append(run)
+    rows = lambda name: [row for run in groups[""] for row in run.get(name, [])]             # none of some, with --methods
+    over, tokens = means(rows("report")), lambda row: f"{row['length']} tokens"
+    head = lambda row: f"layer {row['layer']}, head {row['head']}"
+    spectra = [dict(method=head(row), bin=f"{f}", ratio=kept / (dropped or math.nan))
+               for row in rows("anatomy") if row["kind"] == "all"
+               for f, (kept, dropped) in enumerate(zip(row["spectrum_kept"], row["spectrum_dropped"]))]
+    print("\n".join([
+        claims(rows("report")),
+        *grid("Score, mean over all tasks", rows("report"), tokens, lambda row: row["score"], 3), table(rows("report")),
+        *grid("Bits per token of streamed text", rows("stream"), lambda row: f"{row['from']}-{row['to']}", lambda row: row["bits"]),
+        *grid("Six tokens quoted from anywhere: score of the two after them", rows("lost"), tokens, lambda row: row["score"]),
+        *grid("Share kept, by kind of token", [row | {"method": row["kind"]} for row in rows("anatomy")], head, lambda row: row["kept"]),
+        *grid("Mean spectrum of the tokens that stay over that of those that go, by frequency bin", spectra, lambda row: row["bin"],
+              lambda row: row["ratio"]),
+        *grid("Seconds for the same prompts, over the full cache's", rows("report"), tokens,
+              lambda row: row["seconds"] / over("full", row["length"], key="seconds").mean()),
+        *changes(groups), "\nEvolution, run by run\n",
+        *(f"* seed {run['config']['seed']}: {json.dumps({k: v for k, v in run['evolution'].items() if k != 'history'})}"
+          for run in groups[""])]))
     pictures = {"curve": picture_curve(rows("curve"), rows("report")), "needle": picture_needle(rows("report")),
                 "evolution": picture_evolution(runs[0]["evolution"])}
-    for name, picture in pictures.items():
-        save(pathlib.Path(paths[0]).parent / f"{name}.svg", picture)
+    for name in filter(pictures.get, pictures):                            # no curve, with --methods
+        save(pathlib.Path(paths[0]).parent / f"{name}.svg", pictures[name])
 
 
 def example(gpt, params, statistics, part, config, task="needle"):

@@ -1182,6 +1182,31 @@ def test_table_by_hand():
     assert namm_line.split(" | ")[-3].startswith("2.25")                   # mean of 2.5 and 2.0 over seeds
 
 
+def test_summary_by_hand(tmp_path, monkeypatch, capsys):
+    """Two seeds that reported on few methods, and a run with one change. Catches: runs put into the wrong group, a mean over the
+    wrong rows, a crash where a section is missing, and results that are none taken for some."""
+    def write(name, seed, score, **changed):
+        rows = [dict(method=method, task=task, length=64, seed=seed, score=value, cache=0.25, lead=0.0, lead_se=0.0, seconds=1.0 + seed,
+                     depths=[value] * 5) for method, value in (("namm", score), ("full", 0.4)) for task in data.TASKS]
+        point = dict(generation=1, candidates=0.4, best=0.5, mean=0.5, cache=0.25, sigma=1.0)
+        cost = {"history": [point], "fitness of the full cache": 0.4}
+        (tmp_path / name).write_text(json.dumps({"config": {"seed": seed, "capacity": 64, "methods": "namm,full"} | changed,
+                                                 "report": rows, "evolution": cost}))
+    write("0", 0, 0.5)
+    write("1", 1, 0.7)
+    write("less", 0, 0.3, capacity=40)
+    evolve.summary([tmp_path / name for name in ("0", "1", "less")])
+    out = capsys.readouterr().out
+    assert "| namm | 0.600 |" in out and "| capacity 40 | 1 | 0.300, 0.400, 0.25 |" in out and "| nothing | 2 | 0.600 ± 0.141, 0.400, 0.25 |" in out
+    assert (tmp_path / "needle.svg").exists() and not (tmp_path / "curve.svg").exists() and "streamed" not in out
+    for content in ("", "[1]", "{}"):
+        (tmp_path / "none").write_text(content)
+        monkeypatch.setattr(sys, "argv", ["evolve.py", "--summary", str(tmp_path / "none")])
+        with pytest.raises(SystemExit) as stop:
+            evolve.main()
+        assert stop.value.code == 2 and "results.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments, says", [
     (["--lr", "nan"], "lr"), (["--sigma", "inf"], "sigma"), (["--threshold", "nan"], "threshold"), (["--rows", "0"], "rows"),
     (["--eval", "{dir}/missing"], "holds no run"), (["--show", "{dir}/missing"], "holds no run"), (["--show", "{dir}/begun"], "not finished"),
