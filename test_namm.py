@@ -6,13 +6,16 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
+import pathlib
 import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -920,8 +923,30 @@ def test_bfloat16_gives_nearly_the_same_gradient(parts):
 
 # --- the program -------------------------------------------------------------------------------------------------------
 
+SERVER = multiprocessing.get_context("forkserver")                         # has imported the program: importing torch takes seconds
+SERVER.set_forkserver_preload(["test_namm"])
+
+
+def program(arguments, folder):
+    """evolve.py in a process of its own, which writes to two files in the folder."""
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), stream)
+    sys.argv = ["evolve.py", *arguments]
+    evolve.main()
+
+
+def start(*arguments):
+    """(the process, what reads its output and its errors) of evolve.py with these arguments."""
+    folder = tempfile.mkdtemp()
+    process = SERVER.Process(target=program, args=([*map(str, arguments)], folder))
+    process.start()
+    return process, lambda: [pathlib.Path(folder, name).read_text() for name in ("out", "err")]
+
+
 def run(*arguments):
-    return subprocess.run([sys.executable, "evolve.py", *map(str, arguments)], capture_output=True, text=True)
+    process, said = start(*arguments)
+    process.join()
+    return subprocess.CompletedProcess(arguments, process.exitcode, *said())
 
 
 @pytest.fixture(scope="session")
@@ -1070,19 +1095,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, corpus):
     generation counted twice."""
     settings = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--steps", "250", "--generations", "12", "--report_at", "1"]
     assert run(*settings, "--out", tmp_path / "whole").returncode == 0
-    command = [sys.executable, "evolve.py", *map(str, settings), "--out", str(tmp_path / "killed")]
     for file in ("training.pt", "gpt.pt", "evolution.pt", "report.pt"):    # as soon as the run has got so far
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        while not (tmp_path / "killed" / file).exists() and process.poll() is None:
+        process, said = start(*settings, "--out", tmp_path / "killed")
+        while not (tmp_path / "killed" / file).exists() and process.is_alive():
             time.sleep(0.01)
-        said = None
-        while said is None:                                                # Python drops a Ctrl-C that falls into a destructor
-            process.send_signal(signal.SIGINT if file == "gpt.pt" else signal.SIGKILL)
-            try:
-                said = process.communicate(timeout=2)[1]
-            except subprocess.TimeoutExpired:
-                pass
-        assert process.returncode != 0 and (f"--resume {tmp_path / 'killed'}" in said) == (file == "gpt.pt")
+        while process.is_alive():                                          # Python drops a Ctrl-C that falls into a destructor
+            os.kill(process.pid, signal.SIGINT if file == "gpt.pt" else signal.SIGKILL)
+            process.join(2)
+        assert process.exitcode != 0 and (f"--resume {tmp_path / 'killed'}" in said()[1]) == (file == "gpt.pt")
     done = run("--resume", tmp_path / "killed")
     assert done.returncode == 0, done.stderr
     assert "from step" in (tmp_path / "killed" / "log.txt").read_text()
