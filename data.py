@@ -39,8 +39,8 @@ def documents(corpus=None):
     """The texts to learn from, as a list of str.
 
     Without `corpus`: the language reference (one document a topic) and the sources of the standard library (one a
-    file). With it: a file, cut into pieces of some 4,000 characters at blank lines, or a folder's SUFFIXES files.
-    Raises ValueError, with a line for the user, when there is nothing to read.
+    file). With it: a file, or a folder's SUFFIXES files, cut into pieces of some 4,000 characters at blank lines if there
+    are few. Raises ValueError, with a line for the user, when there is nothing to read.
     """
     if corpus is None:
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
@@ -312,7 +312,7 @@ def copy(part, rng, n, room):
 
 def quote(part, rng, n, room):
     """Six tokens from anywhere in the text, and the two after them. Not in TASKS: nothing tells in advance what to keep.
-    Context: `...for key in sorted(self.keys()):` question: `\nfor key in sorted(self` answer: `.keys`."""
+    Context: `...for key in sorted(self.keys()):` question: `\\nfor key in sorted(self` answer: `.keys`."""
     text, end = part.text(rng, n), part.encode("\n")
     return text, [(np.concatenate([end, text[at:at + 6]]), text[at + 6:at + 8]) for at in rng.integers(n - 8, size=4)]
 

@@ -70,7 +70,7 @@ class Config:
     steps: int = setting(1500, "training steps")
     batch_tokens: int = setting(4096, "tokens in a training step")
     lr: float = setting(4e-3, "peak learning rate")
-    recall: float = setting(0.25, "share of places, but for words, where a head is asked for a word to remember")
+    recall: float = setting(0.25, "share of the places (but for long words) where training asks a head for a word to remember")
     # the cache
     delay: int = setting(32, "tokens between two evictions, a multiple of 16")
     capacity: int = setting(64, "most slots that NAMM keeps in a head, in the mean over heads and layers; 0 for any number")
@@ -275,7 +275,7 @@ class CMAES:
                         * (z_w if self.B is None else self.B @ z_w))                                # (43)
         norm = self.p_sigma.norm().item()
         self.sigma *= math.exp(self.c_sigma / self.d_sigma * (norm / self.chi_n - 1))               # (44)
-        # covariance: one rank from the path of the mean, popsize - 1 from this generation
+        # covariance: one rank from the path of the mean, the others from this generation
         stalled = norm / math.sqrt(1 - (1 - self.c_sigma) ** (2 * (self.generation + 1))) >= (
             1.4 + 2 / (n + 1)) * self.chi_n
         h_sigma = 0.0 if stalled else 1.0
@@ -320,8 +320,8 @@ def evaluate(gpt, batch, config, manage=None, weights=False, copies=1):
       likelihood  of an answer's token: exp of the mean log-probability of its tokens
       logprob     that mean itself, natural logarithm
       cache       share of the context's tokens that is in the cache when the question is asked, mean over heads and layers
-    At most `rows` rows are read at once, or, where nothing is evicted, as many tokens as those have at the training length. Out
-    of memory, it goes on with half as many.
+    At most `rows` rows are read at once, or, without a manager, as many tokens as those have at the training length. Out of memory,
+    it goes on with half as many.
     """
     done, start, (N, L) = [], 0, batch.tokens.shape
     while start < N:
@@ -577,8 +577,8 @@ def report(gpt, params, statistics, part, config):
 
 @torch.no_grad()
 def stream(gpt, params, statistics, part, config):
-    """Bits per token of held-out text that is read in one go: [{method, from, to, bits, cache}], positions in tokens. The
-    baselines keep as many slots as NAMM has at the end."""
+    """Bits per token of held-out text, read on and on, block by block: [{method, from, to, bits, cache}], positions in tokens.
+    The baselines keep as many slots as NAMM has at the end."""
     rng, rows, slots = np.random.default_rng([config.seed, 6]), [], None
     ends = [times * config.length for times in config.report_at]
     text = torch.from_numpy(np.stack([part.text(rng, ends[-1]) for _ in range(min(16, config.rows))])).long().to(config.device)
@@ -901,8 +901,8 @@ def changes(groups):
 
 def summary(paths):
     """Print Markdown from the results.json of several runs, and draw pictures beside the first: curve, needle, evolution. The
-    first run and those that differ from it only in seed and base are one group: tables of means over seeds. All other runs are
-    grouped by what they changed, one line a group."""
+    first run and those that differ from it only in seed, base, or what may change when a run goes on, are one group: tables of
+    means over seeds. All other runs are grouped by what they changed, one line a group."""
     try:
         runs = [json.loads(pathlib.Path(path).read_text()) for path in paths]
     except ValueError:
@@ -941,7 +941,7 @@ def summary(paths):
 
 
 def example(gpt, params, statistics, part, config, task="needle"):
-    """One prompt for people, of 1024 tokens or the training length: {task, length, text [n], asked [{question, answer, full,
+    """One prompt for people, of 1024 tokens, or the training length if more, no longer than evolution saw: {task, length, text [n], asked [{question, answer, full,
     namm}], heads [name], and for each head what `watch` gives: lives [n], score [n], spectrum [n][F], seen [blocks][n][F]}."""
     length = min(config.length * max(config.evolve_at), max(config.length, 1024))
     batch = prompts(part, task, 1, np.random.default_rng([config.seed, 10]), length, config.device)

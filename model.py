@@ -315,7 +315,7 @@ def losses(gpt, batch, recall, draw):
     `recall`; and the share of its answer tokens that are right. draw(*shape): uniform random numbers (N,*shape).
 
     recall (N,L-1): at some places of a context a word to name, -1 at all others. It is asked of the heads, not of the GPT,
-    which only predicts text: at each place of one KV head, drawn at random from those of the upper half of the layers,
+    which only predicts text: at each place of one KV head, drawn at random from those of the upper layers, all from the middle one on,
     which must name it by what it alone reads from the cache there. The questions are answered from a cache with holes: each
     prompt forgets a random share of its slots, any of them, in all layers but the last, where the facts are found. What the
     layers below it remember may help, but not be needed."""
