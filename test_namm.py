@@ -1096,7 +1096,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, corpus):
     """SIGKILL at three moments and Ctrl-C, which says how to go on, at a fourth, then the same command again: the GPT, the vector
     and the report of a run never stopped. Catches: random state that is lost, a file half written or that cannot be read, a
     generation counted twice."""
-    settings = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--steps", "250", "--generations", "12", "--report_at", "1"]
+    settings = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--steps", "150", "--generations", "6", "--report_at", "1"]
     assert run(*settings, "--out", tmp_path / "whole").returncode == 0
     for file in ("training.pt", "gpt.pt", "evolution.pt", "report.pt"):    # as soon as the run has got so far
         process, said = start(*settings, "--out", tmp_path / "killed")
