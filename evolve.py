@@ -889,7 +889,7 @@ def grid(title, rows, column, cell, digits=2):
 def changes(groups):
     """Markdown, a line for each group of runs, {what they changed: runs}: NAMM's score, the full cache's, share of the cache."""
     lengths = sorted({row["length"] for group in groups.values() for run in group for row in run["report"]})
-    text = ["\n| changed | seeds | " + " | ".join(f"{n} tokens: score, full cache's, cache" for n in lengths) + " |",
+    text = ["\n| changed | runs | " + " | ".join(f"{n} tokens: score, full cache's, cache" for n in lengths) + " |",
             "|---" * (len(lengths) + 2) + "|"]
     for change, group in groups.items():
         of = means([row for run in group for row in run["report"]])
@@ -902,7 +902,7 @@ def changes(groups):
 def summary(paths):
     """Print Markdown from the results.json of several runs, and draw pictures beside the first: curve, needle, evolution. The
     first run and those that differ from it only in seed, base, or what may change when a run goes on, are one group: tables of
-    means over seeds. All other runs are grouped by what they changed, one line a group."""
+    means over runs. All other runs are grouped by what they changed, one line a group."""
     try:
         runs = [json.loads(pathlib.Path(path).read_text()) for path in paths]
     except ValueError:
@@ -913,8 +913,10 @@ def summary(paths):
     changed = lambda run: ", ".join([f"{k} {v}" for k, v in run["config"].items()
                                      if k not in (*FREE, "seed", "base", "eval") and v != first.get(k)]
                                     + [f"no {k}" for k in first if k not in run["config"]])        # an older version's run
-    for run in runs:
+    for number, run in enumerate(runs):
         groups.setdefault(changed(run), []).append(run)
+        for row in run["report"]:                                          # one seed on two machines is two runs: sums differ
+            row["seed"] = number
     rows = lambda name: [row for run in groups[""] for row in run.get(name, [])]             # none of some, with --methods
     over, tokens = means(rows("report")), lambda row: f"{row['length']} tokens"
     head = lambda row: f"layer {row['layer']}, head {row['head']}"

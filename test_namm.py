@@ -1206,8 +1206,8 @@ def test_table_by_hand():
 
 
 def test_summary_by_hand(tmp_path, monkeypatch, capsys):
-    """Two seeds that reported on few methods, and a run with one change. Catches: runs put into the wrong group, a mean over the
-    wrong rows, a crash where a section is missing, and results that are none taken for some."""
+    """Two runs that reported on few methods, and one with a change. Catches: runs put into the wrong group, a mean over the wrong
+    rows, a crash where a section is missing, and results that are none taken for some."""
     def write(name, seed, score, **changed):
         rows = [dict(method=method, task=task, length=64, seed=seed, score=value, cache=0.25, lead=0.0, lead_se=0.0, seconds=1.0 + seed,
                      depths=[value] * 5) for method, value in (("namm", score), ("full", 0.4)) for task in data.TASKS]
@@ -1216,7 +1216,7 @@ def test_summary_by_hand(tmp_path, monkeypatch, capsys):
         (tmp_path / name).write_text(json.dumps({"config": {"seed": seed, "capacity": 64, "methods": "namm,full"} | changed,
                                                  "report": rows, "evolution": cost}))
     write("0", 0, 0.5)
-    write("1", 1, 0.7)
+    write("1", 0, 0.7)                                                     # the same seed, on another machine
     write("less", 0, 0.3, capacity=40)
     evolve.summary([tmp_path / name for name in ("0", "1", "less")])
     out = capsys.readouterr().out
