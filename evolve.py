@@ -600,9 +600,10 @@ def stream(gpt, params, statistics, part, config):
 
 def curve(gpt, params, statistics, part, config):
     """Score against slots: [{method, length, capacity, slots, score, seed}], means over tasks. One evolved vector gives NAMM's
-    whole curve: the best by its scores, as many as the `capacity` is. The baselines keep as many slots as it has."""
+    whole curve: the best by its scores, as many as the `capacity` is. The baselines keep as many slots as it has. At most eight
+    prompts a task, two beyond four times the training length, where they cost most."""
     rows = []
-    for times in [times for times in config.report_at if times != 8]:
+    for times in sorted(set(config.report_at) - {8}):
         length, count = times * config.length, min(8 if times <= 4 else 2, config.far_prompts)
         batch = every_task(part, count, [config.seed, 7, length], length, config.device)
         for share in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4):

@@ -315,7 +315,7 @@ def losses(gpt, batch, recall, draw):
     `recall`; and the share of its answer tokens that are right. draw(*shape): uniform random numbers (N,*shape).
 
     recall (N,L-1): at some places of a context a word to name, -1 at all others. It is asked of the heads, not of the GPT,
-    which only predicts text: at each place of one KV head, drawn at random from those of the upper layers, all from the middle one on,
+    which only predicts text: at each place of one KV head, drawn at random from those of the middle layer and all above it,
     which must name it by what it alone reads from the cache there. The questions are answered from a cache with holes: each
     prompt forgets a random share of its slots, any of them, in all layers but the last, where the facts are found. What the
     layers below it remember may help, but not be needed."""
@@ -376,20 +376,23 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices, lr=0.0, momentum=0.95):
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
+        for p in matrices:
+            self.state[p]["average"] = torch.zeros_like(p)                 # of its gradients
 
     @torch.no_grad()
     def step(self):
         """Move each matrix, by its gradient."""
         for group in self.param_groups:
             for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                average, tall = self.state[p]["average"], len(p) > p.shape[1]
+                average.lerp_(p.grad, 1 - group["momentum"])
                 x = p.grad.lerp(average, group["momentum"])                # Nesterov's
                 x = x / x.norm().clamp(min=1e-7)
-                x = x.T if len(p) > p.shape[1] else x                      # wide
+                x = x.T if tall else x                                     # the smaller matrix of products
                 for _ in range(5):                                         # Newton and Schulz: all singular values go to about 1
                     gram = x @ x.T
                     x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-                x = x.T if len(p) > p.shape[1] else x
+                x = x.T if tall else x
                 p.sub_(x, alpha=group["lr"] * max(1, len(p) / p.shape[1]) ** 0.5)
 
 
@@ -436,7 +439,7 @@ def train(gpt, batches, steps, lr, precision, state=None, keep=None):
             summed(p.grad)
         nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         for optimizer in optimizers:
-            with precision:
+            with precision:                                                # for Muon's products of matrices
                 optimizer.step()
             optimizer.zero_grad()
         if step % 10 == 0:                                                 # the only place that waits for the device

@@ -50,7 +50,7 @@ def fourier(device):
 def magnitudes(windows):
     """Fourier magnitudes of windows (...,n,S) of n <= 32 samples, zeros in place of those that are missing: (...,F,S)."""
     cosines, sines = (fourier(windows.device)[:, :windows.shape[-2]] @ windows).square_().split([F, F - 2], dim=-2)
-    cosines[..., 1:-1, :] += sines
+    cosines[..., 1:-1, :] += sines                                         # (...,F,S), and sines (...,15,S)
     return cosines.sqrt_()
 
 
@@ -84,12 +84,12 @@ def moments(attention, tail):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Spectrogram -> one spectrum a token (section 3.1)
 
-def moving_average(spectra, old, gamma):
-    """E = gamma^frames * old + sum over frames t of (1 - gamma) * gamma^(frames - 1 - t) * spectrum t.
+def moving_average(frames, old, gamma):
+    """E = gamma^n * old + sum over the n frames t of (1 - gamma) * gamma^(n - 1 - t) * frame t.
 
-    spectra (B,K,S,frames,F), old (B,K,S,F), zero for a new slot -> (B,K,S,F). No correction of the start's bias."""
-    for spectrum in spectra.unbind(3):                                     # (B,K,S,F)
-        old = spectrum.lerp(old, gamma)                                    # gamma * old + (1 - gamma) * spectrum
+    frames (B,K,S,n,F), old (B,K,S,F), zero for a new slot -> (B,K,S,F). No correction of the start's bias."""
+    for frame in frames.unbind(3):                                         # (B,K,S,F)
+        old = frame.lerp(old, gamma)                                       # gamma * old + (1 - gamma) * frame
     return old
 
 
@@ -204,7 +204,7 @@ def keep_best_of_all(scores, budget):
 
 
 def eviction(capacity, shared=0):
-    """f(layer, cache, scores, keep), both (B,K,S): evicts what is not in `keep`, and what is not among the best by its score.
+    """f(layer, cache, scores, keep), scores and keep (B,K,S): evicts what is not in `keep`, and what is not among the best by its score.
 
     The best are each head's `capacity`, or any number if that is None or 0. With `shared`, the number of layers, they are the best
     of all heads of all layers, `capacity` a head in the mean; nothing is then evicted before the last layer was judged."""
@@ -249,8 +249,8 @@ def spectra(cache, attention, sees):
         tail = piece[:, :, -HOP:].transpose(-1, -2)
     cache.state = {"tail": tail.contiguous(), "spectrum": average}
     if transform is spectrogram and sees != "closed":                      # the frame that the newest HOP queries have opened, its
-        opened = magnitudes(tail.transpose(-1, -2))                        # other half still to come: judged by, not remembered
-        average = opened.transpose(-1, -2).lerp(average, gamma)
+        opened = magnitudes(tail.transpose(-1, -2)).transpose(-1, -2)      # other half still to come: judged by, not remembered
+        average = moving_average(opened[:, :, :, None], average, gamma)    # opened (B,K,S,F)
     return average
 
 

@@ -939,11 +939,17 @@ def program(arguments, folder):
 
 
 def start(*arguments):
-    """(the process, what reads its output and its errors) of evolve.py with these arguments."""
+    """(the process, what reads its output and its errors, once) of evolve.py with these arguments."""
     folder = tempfile.mkdtemp()
+
+    def said():
+        texts = [pathlib.Path(folder, name).read_text() for name in ("out", "err")]
+        shutil.rmtree(folder)
+        return texts
+
     process = SERVER.Process(target=program, args=([*map(str, arguments)], folder))
     process.start()
-    return process, lambda: [pathlib.Path(folder, name).read_text() for name in ("out", "err")]
+    return process, said
 
 
 def run(*arguments):
