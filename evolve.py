@@ -82,7 +82,7 @@ class Config:
     scorer: str = setting("bam", f"how: {', '.join(namm.SCORERS)}")
     heads: str = setting("apart", "apart: each head drops its own tokens; together: a layer's heads drop the same")
     # evolution
-    generations: int = setting(25, "generations")
+    generations: int = setting(15, "generations")
     stages: int = setting(1, "1: all tasks from the start; 2 or 3: one more task in each of so many equal stages")
     popsize: int = setting(16, "candidates in a generation")
     sigma: float = setting(0.6, "first step size, in units of one over the root of a weight's inputs")
@@ -105,7 +105,7 @@ PRESETS = {
                   generations=3, popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2, far_prompts=1,
                   report_at=(1, 4, 8)),
     "gpu": dict(vocab_size=8192, n_layer=4, n_head=8, n_kv_head=2, n_embd=768, head_dim=96, n_hidden=2048, length=2048,
-                steps=400, batch_tokens=65_536, lr=2e-3, delay=64, capacity=128, generations=15, popsize=32, choose_prompts=16,
+                steps=400, batch_tokens=65_536, lr=2e-3, delay=64, capacity=128, popsize=32, choose_prompts=16,
                 report_prompts=32, far_prompts=16, rows=512),
 }
 
@@ -606,7 +606,7 @@ def curve(gpt, params, statistics, part, config):
     for times in sorted(set(config.report_at) - {8}):
         length, count = times * config.length, min(8 if times <= 4 else 2, config.far_prompts)
         batch = every_task(part, count, [config.seed, 7, length], length, config.device)
-        for share in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4):
+        for share in (1 / 4, 1 / 2, 1, 2, 4):
             capacity, slots = math.ceil(share * (config.capacity or config.delay)), None
             cut = dataclasses.replace(config, capacity=capacity, threshold=-math.inf)
             for method in ("namm", "streaming", "h2o", "tova", "snapkv"):
@@ -1191,7 +1191,7 @@ def prepare(config, action):
         raise ValueError(f"--{'base' if config.base else 'eval'} {path.parent}: the folder has no gpt.pt")
     own = out if action in data.TASKS else sources[0]                      # where the vector is
     found = {"gpt": load(path, {"config", "model"}, config.device),
-             "training": load(out / "training.pt", {"step", "model", "optimizers"}, config.device),
+             "training": load(out / "training.pt", {"step", "model", "muon", "adamw"}, config.device),
              "evolution": load(out / "evolution.pt", {"next", "es", "average", "history"}),
              "namm": load(own / "namm.pt", {"params", "mean", "std", "cost"}, config.device),
              "report": load(out / "report.pt", {"config", "evolution"})}

@@ -316,26 +316,28 @@ def losses(gpt, batch, recall, draw):
 
     recall (N,L-1): at some places of a context a word to name, -1 at all others. It is asked of the heads, not of the GPT,
     which only predicts text: at each place of one KV head, drawn at random from those of the middle layer and all above it,
-    which must name it by what it alone reads from the cache there. The questions are answered from a cache with holes: each
-    prompt forgets a random share of its slots, any of them, in all layers but the last, where the facts are found. What the
-    layers below it remember may help, but not be needed."""
+    which must name it by what it alone reads from the cache there. Text and questions are met as under a manager, with a cache
+    that has holes: after either half of the context each prompt forgets a random share of its slots, any of them and mostly a
+    large share, in all layers but the last, where the facts are found. What the layers below it remember may help, but not be
+    needed."""
     c, n = gpt.config, batch.context
-    width, read_by = c.n_head // c.n_kv_head * c.head_dim, {}              # what a KV head's queries bring in
+    width = c.n_head // c.n_kv_head * c.head_dim                           # what a KV head's queries bring in
     heads = [(i, slice(k * width, (k + 1) * width)) for i in range(c.n_layer // 2, c.n_layer) for k in range(c.n_kv_head)]
-    wo = [layer.attention.wo for layer in gpt.layers]
-    hooks = [wo[i].register_forward_pre_hook(lambda module, x, i=i: read_by.update({i: x[0]}))
-             for i in range(c.n_layer // 2, c.n_layer)]
+    wo, read_by = [layer.attention.wo for layer in gpt.layers], {i: [] for i in range(c.n_layer // 2, c.n_layer)}
+    hooks = [wo[i].register_forward_pre_hook(lambda module, x, i=i: read_by[i].append(x[0])) for i in read_by]
 
     def holes(layer, cache, received):
         """A manager that forgets at random: a share of its own for each prompt and layer."""
         if layer < c.n_layer - 1:
-            keep = draw(c.n_kv_head, n) < draw(1, 1)                       # (N,K,n)
+            luck = draw(c.n_kv_head, n).gather(2, cache.positions)         # (N,K,S), of a token wherever it now is
+            keep = luck < draw(1, 1) ** 3                                  # half of the time an eighth or less stays
             keep[..., -1] = True
             cache.evict(keep)
 
     cache = gpt.new_cache(len(batch.tokens), renumber=True)
     try:
-        context = gpt.hidden(batch.tokens[:, :n], cache, holes)
+        halves = batch.tokens[:, :n].split((n + 1) // 2, dim=1)
+        context = torch.cat([gpt.hidden(half, cache, holes) for half in halves], dim=1)      # (N,n,C)
     finally:                                                               # also when memory runs out
         for hook in hooks:
             hook.remove()
@@ -348,6 +350,7 @@ def losses(gpt, batch, recall, draw):
 
     recall = recall[:, :n]                                                 # (N,n)
     who = (draw(n) * len(heads)).long().masked_fill(recall < 0, -1)        # (N,n)
+    read_by = {i: torch.cat(pieces, dim=1) for i, pieces in read_by.items()}                 # (N,n,H D)
     named = sum((read_by[i][..., own] @ wo[i].weight[:, own].T) * (who == h)[..., None]
                 for h, (i, own) in enumerate(heads))[recall >= 0]          # (places,C)
     recalled = F.cross_entropy(gpt.output(gpt.norm(named)), recall[recall >= 0], reduction="none")
@@ -405,19 +408,19 @@ def train(gpt, batches, steps, lr, precision, state=None, keep=None):
     state, and the batches from its `step` on, the training goes on to the same bits."""
     matrices = [p for name, p in gpt.layers.named_parameters() if p.dim() == 2 and "taps" not in name]
     others = [p for p in gpt.parameters() if not any(p is matrix for matrix in matrices)]
-    optimizers = {Muon(matrices): 5 * lr,
-                  torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0): lr}
+    muon, adamw = Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizers = {muon: 5 * lr, adamw: lr}
     (rank, size), accuracy, device, most, first = world(), {}, matrices[0].device, math.inf, 0
     if state:
         first = state["step"]
         gpt.load_state_dict(state["model"])
-        for optimizer, own in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(own)
+        muon.load_state_dict(state["muon"])
+        adamw.load_state_dict(state["adamw"])
     bar = tqdm(range(first, steps), desc="train GPT", initial=first, total=steps, mininterval=1, dynamic_ncols=True,
                disable=True if rank else None)
     for step, (batch, recall, seed) in zip(bar, batches):
         if keep and step % 100 == 0 and step > first:
-            keep({"step": step, "model": gpt.state_dict(), "optimizers": [own.state_dict() for own in optimizers]})
+            keep({"step": step, "model": gpt.state_dict(), "muon": muon.state_dict(), "adamw": adamw.state_dict()})
         N, L = batch.tokens.shape
         batch = batch.each(lambda x: x.to(device))
         rows, recall = torch.arange(rank, N, size, device=device), recall.to(device)
