@@ -376,7 +376,7 @@ def told(tokens, answer, n):
     for which in range(1, answer.max() + 1):
         at = np.flatnonzero(answer == which)
         asked = tokens[at[0] - 1:at[-1] + 1]                               # the question's last token and the answer
-        starts = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(tokens[:n], len(asked)) == asked).all(1))
+        starts = np.flatnonzero(np.logical_and.reduce([tokens[i:n - len(asked) + 1 + i] == x for i, x in enumerate(asked)]))
         found.append((starts[:, None] + np.arange(1, len(asked))).ravel())
     return np.unique(np.concatenate(found))
 

@@ -1154,7 +1154,7 @@ def bench(config, parts, gpt, evolved):
               + ("" if diagonal else f"; an eigendecomposition every {es.lazy_gap}: "
                  f"{seconds(lambda: torch.linalg.eigh(es.C), 'cpu', 0):.1f} s"))
     words = data.training_batch(parts["train"], np.random.default_rng(0), config.batch_tokens // config.length, config.length, 0.25)
-    step = lambda: train(gpt, [(*words, 0)] * 4, 4, 1e-9, precision(device))
+    step = lambda count=4: train(gpt, [(*words, 0)] * count, count, 1e-9, precision(device))
     took = seconds(step, device) / 4
     # 6 operations a weight and token, 12 a layer, head width and slot (Kaplan et al. 2020), as if nothing were sampled
     work = config.batch_tokens * (6 * sum(p.numel() for p in gpt.parameters()) + 12 * config.n_layer * config.n_head
@@ -1162,12 +1162,12 @@ def bench(config, parts, gpt, evolved):
     peak = next((peak for name, peak in PEAK.items() if device == "cuda" and name in torch.cuda.get_device_name()), None)
     print(f"pre-training: {config.batch_tokens / took:,.0f} tokens a second, {work / took / 1e9:,.1f} GFLOP/s"
           + (f", {work / took / peak:.0%} of peak" if peak else ""))
-    alone, kinds = {name: own for name, (_, own) in profiled(step, device).items() if name.startswith("aten::")}, {}
+    alone, kinds = {name: own for name, (_, own) in profiled(lambda: step(1), device).items() if name.startswith("aten::")}, {}
     for name, own in alone.items():
         kind = "attention" if "attention" in name else "matrix products" if name.endswith("mm") else "all else, which moves memory"
         kinds[kind] = kinds.get(kind, 0) + own
     total, most = sum(alone.values()), sorted(alone, key=alone.get)[:-9:-1]
-    print(f"of it the operations take {total / 4 / took:.0%}; of these {percent(kinds, total)}; most of all "
+    print(f"of it the operations take {total / took:.0%}; of these {percent(kinds, total)}; most of all "
           f"{percent({name: alone[name] for name in most}, total)}")
 
 
