@@ -29,7 +29,6 @@ PATTERN = r" ?[^\W\d_]+| ?\d| ?[^\s\w]+|_+|\s*\n|\s+"
 SUFFIXES = (".txt", ".md", ".rst", ".py")
 SHARES = {"train": 0.64, "evolve": 0.14, "choose": 0.08, "report": 0.14}   # of the documents
 WORDS = {"values": 0.25, "evolve": 0.25, "choose": 0.10, "report": 0.25}   # of the words; to train: all other tokens
-EVOLVED = ("passage", "kv", "copy")                                        # evolved on; in stages, one more in each
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -82,8 +82,9 @@ class Config:
     scorer: str = setting("bam", f"how: {', '.join(namm.SCORERS)}")
     heads: str = setting("apart", "apart: each head drops its own tokens; together: a layer's heads drop the same")
     # evolution
+    evolve_on: str = setting("passage,kv,copy", "tasks to evolve on; all others in the report are new to the manager")
     generations: int = setting(15, "generations")
-    stages: int = setting(1, "1: all tasks from the start; 2 or 3: one more task in each of so many equal stages")
+    stages: int = setting(1, "1: all tasks from the start; more: one more task in each of so many equal stages")
     popsize: int = setting(16, "candidates in a generation")
     sigma: float = setting(0.6, "first step size, in units of one over the root of a weight's inputs")
     covariance: str = setting("diagonal", "diagonal or full")
@@ -93,7 +94,7 @@ class Config:
     choose_prompts: int = setting(8, "prompts for each task in a validation")
     # report
     report_prompts: int = setting(16, "prompts for each task and length in the report")
-    far_prompts: int = setting(6, "the same beyond 4 times the training length")
+    far_prompts: int = setting(4, "the same beyond 4 times the training length")
     report_at: tuple = setting((1, 4, 8, 16), "lengths to report at, in training lengths")
     methods: str = setting("", "methods to report on, such as namm,full, and no more than that; if not given, all")
     rows: int = setting(32, "rows (candidates x prompts) read at once: few, since all are padded to the largest cache")
@@ -184,7 +185,9 @@ def check(c):
         (c.features in namm.SEES, f"--features is one of {', '.join(namm.SEES)}"),
         (c.scorer in namm.SCORERS, f"--scorer is one of {', '.join(namm.SCORERS)}"),
         (c.heads in ("apart", "together"), "--heads is apart or together"),
-        (1 <= c.stages <= 3, "--stages is 1, 2 or 3"),
+        (set(evolved := c.evolve_on.split(",")) <= set(data.TASKS) and len(set(evolved)) == len(evolved),
+         f"--evolve_on: one or more of {', '.join(data.TASKS)}, each once"),
+        (1 <= c.stages <= len(evolved), f"--stages is 1 to the number of tasks to evolve on, here {len(evolved)}"),
         (c.head_dim % 2 == 0 and c.head_dim > 2, "--head_dim must be even, and 4 or more"),
         (c.n_head % c.n_kv_head == 0, "--n_head must be a multiple of --n_kv_head"),
         (c.length >= 64 and c.length % 4 == 0, "--length must be a multiple of 4, and 64 or more"),
@@ -394,7 +397,7 @@ def feature_statistics(gpt, part, config):
     """Mean and standard deviation of the spectra over the full cache, (F,) each: collected once, then frozen."""
     totals = torch.zeros(3, namm.F, dtype=torch.float64, device=config.device)
     rng = np.random.default_rng([config.seed, 1])
-    for task in data.EVOLVED:
+    for task in config.evolve_on.split(","):
         batch, rows = prompts(part, task, 8, rng, config.length * max(config.evolve_at), config.device), None
         while rows != config.rows:                                         # again, if memory ran out: some were counted twice
             own, rows = torch.zeros_like(totals), config.rows
@@ -407,7 +410,7 @@ def yardstick(gpt, part, config):
     """{task: mean likelihood of an answer's token, full cache, training length}: what the GPT can do at its best."""
     rng = np.random.default_rng([config.seed, 5])
     return {task: evaluate(gpt, prompts(part, task, 16, rng, config.length, config.device), config)[1].mean().item()
-            for task in data.EVOLVED}
+            for task in config.evolve_on.split(",")}
 
 
 def fitness(gpt, params, statistics, best, part, tasks, lengths, count, rng, config):
@@ -446,13 +449,15 @@ def evolve(gpt, parts, config, log, state, keep):
     the one with the best fitness on the prompts to choose by, which are always the same and never evolved on. Generation 0, all
     zeros, drops nothing of its own accord."""
     statistics, best = feature_statistics(gpt, parts["evolve"], config), yardstick(gpt, parts["evolve"], config)
+    evolved = config.evolve_on.split(",")
+    tasks_at = lambda g: evolved[:len(evolved) - config.stages + 1 + config.stages * max(0, g - 1) // config.generations]
     scale = namm.scale(config.scorer)                                      # one step size fits all weights
     es = CMAES(torch.zeros(len(scale)), config.sigma, config.popsize, config.seed, config.covariance == "diagonal")
     any_length, every_length = lambda rng: [rng.choice(config.evolve_at)], lambda rng: config.evolve_at
 
     def validate(params):
         """Fitness (P,) and cache kept, on the prompts to choose by, which are the same each time."""
-        return fitness(gpt, params, statistics, best, parts["choose"], data.EVOLVED, every_length, config.choose_prompts,
+        return fitness(gpt, params, statistics, best, parts["choose"], evolved, every_length, config.choose_prompts,
                        np.random.default_rng([config.seed, 3]), config)
 
     [full], _ = validate(None)
@@ -465,8 +470,7 @@ def evolve(gpt, parts, config, log, state, keep):
     log("generation tasks | candidates: fitness   best  cache | mean: fitness  cache | sigma  axis ratio | seconds  left")
     for g in tqdm(range(state["next"], config.generations + 1), desc="evolve", initial=state["next"], mininterval=1,
                   total=config.generations + 1, dynamic_ncols=True, disable=True if world()[0] else None):
-        began, stage = time.time(), config.stages * max(0, g - 1) // config.generations
-        tasks = data.EVOLVED[:len(data.EVOLVED) - config.stages + 1 + stage]
+        began, tasks = time.time(), tasks_at(g)
         of_all, of_mean, point = " " * 33, " " * 20, {"generation": g, "sigma": es.sigma}
         if g:
             candidates = (es.ask() * scale).float().to(config.device)
@@ -493,8 +497,7 @@ def evolve(gpt, parts, config, log, state, keep):
     cost = {"generations": config.generations, "fitness of the full cache": full.item(),
             "passed the full cache at generation": state["passed"],
             "seconds": time.time() - start,
-            "candidate prompts read": sum(config.popsize * config.prompts * (len(data.EVOLVED) - config.stages + 1 +
-                                          config.stages * g // config.generations) for g in range(config.generations))}
+            "candidate prompts read": config.popsize * config.prompts * sum(len(tasks_at(g + 1)) for g in range(config.generations))}
     log(f"evolution: {json.dumps(cost)}")
     return state["chosen"], statistics, cost | {"history": state["history"]}
 
@@ -503,7 +506,6 @@ def evolve(gpt, parts, config, log, state, keep):
 # 5. Report
 
 METHODS = ("namm", "full", "ntk", *namm.BASELINES, "tova_shared", "snapkv_shared")
-OTHERS = tuple(task for task in data.TASKS if task not in data.EVOLVED)    # tasks that evolution never sees
 FAR = ("namm", "full", "ntk", "streaming", "h2o", "tova", "snapkv", "tova_shared", "snapkv_shared")       # also beyond 4 x
 
 
@@ -750,11 +752,11 @@ def ratio(a, b):
     return [x / y for x, y in zip(a, b) if y] or [math.nan]
 
 
-def table(rows):
+def table(rows, evolved):
     """The rows as Markdown, one table for each length; rows of several seeds become their mean, with the standard deviation
-    of the seeds. Relative: ratio of the means over all tasks. Ahead: how much NAMM's mean over all tasks is above the
-    method's, with a 95 % interval over prompts."""
-    over, text = means(rows), []
+    of the seeds. evolved: the tasks NAMM was evolved on. Relative: ratio of the means over all tasks. Ahead: how much NAMM's
+    mean over all tasks is above the method's, with a 95 % interval over prompts."""
+    over, text, others = means(rows), [], [task for task in data.TASKS if task not in evolved]
     for n in sorted({row["length"] for row in rows}):
         text += [f"\n{n} tokens\n",
                  f"| method | {' | '.join(data.TASKS)} | evolved on | other tasks | all | relative | cache | NAMM ahead |",
@@ -762,15 +764,15 @@ def table(rows):
         for method in dict.fromkeys(row["method"] for row in rows if row["length"] == n):
             own = [row for row in rows if (row["method"], row["length"]) == (method, n)]
             text.append(f"| {method} | " + " | ".join(f"{over(method, n, (task,)).mean():.2f}" for task in data.TASKS)
-                        + f" | {spread(over(method, n, data.EVOLVED))} | {spread(over(method, n, OTHERS))} | "
+                        + f" | {spread(over(method, n, evolved))} | {spread(over(method, n, others)) if others else ''} | "
                         f"{spread(over(method, n), 3)} | {spread(ratio(over(method, n), over('full', n)))} | "
                         f"{over(method, n, key='cache').mean():.2f} | "
                         + ("" if method == "namm" else "{:+.3f} ± {:.3f}".format(*lead(own))) + " |")
     return "\n".join(text) + "\n"
 
 
-def claims(rows):
-    """Markdown, a line for each length: NAMM beside the full cache there, beside the full cache at the shortest length, where
+def claims(rows, evolved):
+    """Markdown, a line for each length, for a NAMM evolved on the tasks `evolved`: it beside the full cache there, beside the full cache at the shortest length, where
     the GPT is at its best, and beside the best hand-made rule. Means over tasks, then over seeds; relative is a ratio of
     means, since a full cache's score near 0 would blow up the mean of the ratios."""
     over, lengths, asked = means(rows), sorted({row["length"] for row in rows}), {row["method"] for row in rows}
@@ -781,11 +783,11 @@ def claims(rows):
     for n in lengths:
         rules = {row["method"] for row in rows if row["length"] == n} & set(namm.BASELINES)
         best = max(sorted(rules), key=lambda method: over(method, n).mean())
-        share = lambda tasks: spread(ratio(over("namm", n, tasks), over("full", lengths[0], tasks)))
+        share = lambda tasks: spread(ratio(over("namm", n, tasks), over("full", lengths[0], tasks))) if tasks else ""
         text.append(f"| {n} | {spread(over('full', n))} | {spread(over('ntk', n))} | {spread(over('namm', n))} | "
                     f"{ratio([over('namm', n).mean()], [over('full', n).mean()])[0]:.2f} | "
                     f"{over('namm', n, key='cache').mean():.3f} | "
-                    f"{share(data.EVOLVED)} | {share(OTHERS)} | {share(tuple(data.TASKS))} | {best} {spread(over(best, n))} | "
+                    f"{share(evolved)} | {share([task for task in data.TASKS if task not in evolved])} | {share(list(data.TASKS))} | {best} {spread(over(best, n))} | "
                     + "{:+.3f} ± {:.3f} |".format(*lead([row for row in rows if (row["method"], row["length"]) == (best, n)])))
     return "\n".join(text) + "\n"
 
@@ -910,10 +912,10 @@ def summary(paths):
         runs = []
     if not runs or not all(isinstance(run, dict) and "report" in run for run in runs):
         raise ValueError("--summary: give it the results.json of one run or more")
-    first, groups = runs[0]["config"], {}
-    changed = lambda run: ", ".join([f"{k} {v}" for k, v in run["config"].items()
-                                     if k not in (*FREE, "seed", "base", "eval") and v != first.get(k)]
-                                    + [f"no {k}" for k in first if k not in run["config"]])        # an older version's run
+    settings = lambda run: vars(Config()) | run["config"]                  # an older version's run lacks what had no choice then
+    first, groups = settings(runs[0]), {}
+    changed = lambda run: ", ".join(f"{k} {v}" for k, v in settings(run).items()
+                                    if k not in (*FREE, "seed", "base", "eval") and v != first.get(k))
     for number, run in enumerate(runs):
         groups.setdefault(changed(run), []).append(run)
         for row in run["report"]:                                          # one seed on two machines is two runs: sums differ
@@ -925,8 +927,8 @@ def summary(paths):
                for row in rows("anatomy") if row["kind"] == "all"
                for f, (kept, dropped) in enumerate(zip(row["spectrum_kept"], row["spectrum_dropped"]))]
     print("\n".join([
-        claims(rows("report")),
-        *grid("Score, mean over all tasks", rows("report"), tokens, lambda row: row["score"], 3), table(rows("report")),
+        claims(rows("report"), evolved := first["evolve_on"].split(",")),
+        *grid("Score, mean over all tasks", rows("report"), tokens, lambda row: row["score"], 3), table(rows("report"), evolved),
         *grid("Bits per token of streamed text", rows("stream"), lambda row: f"{row['from']}-{row['to']}", lambda row: row["bits"]),
         *grid("Six tokens quoted from anywhere: score of the two after them", rows("lost"), tokens, lambda row: row["score"]),
         *grid("Share kept, by kind of token", [row | {"method": row["kind"]} for row in rows("anatomy")], head, lambda row: row["kept"]),
@@ -1036,7 +1038,7 @@ def picture_seen(shown):
 
 def page(result, shown):
     """report.html: pictures, text and tables of one run in one file that needs nothing else. shown: an `example`."""
-    rows, kept = result["report"], {}
+    rows, evolved, kept = result["report"], result["config"]["evolve_on"].split(","), {}
     for row in result["anatomy"]:
         if row["kind"] == "all":
             kept.setdefault(row["layer"], []).append(row["kept"])
@@ -1045,7 +1047,7 @@ def page(result, shown):
     block = json.dumps(block | {name: rounded(shown[name]) for name in ("lives", "score", "spectrum")})
     settings = json.dumps({key: result[key] for key in ("config", "versions", "seconds")}, indent=1)
     parts = {
-        "The table": html_table(claims(rows) + table(rows)),
+        "The table": html_table(claims(rows, evolved) + table(rows, evolved)),
         "Evolution, generation by generation": picture_evolution(result["evolution"]),
         "Score against slots in a head": picture_curve(result["curve"], rows),
         "The needle, by depth and length": picture_needle(rows),
@@ -1305,7 +1307,7 @@ def run(config, out, parts, sizes, found):
         if section.__name__ not in result:
             result[section.__name__] = section(gpt, params, statistics, parts["report"], config)
             keep(out / "report.pt", result)
-    log(table(result["report"]))
+    log(table(result["report"], config.evolve_on.split(",")))
     result["seconds"] = time.time() - start
     save(out / "results.json", json.dumps(result).replace("}, {", "},\n {"))
     if not config.methods:

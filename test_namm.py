@@ -1096,6 +1096,18 @@ def test_what_is_kept_is_an_average_of_the_means(parts):
     torch.testing.assert_close(chosen, (want[best] * namm.scale("bam")).float())
 
 
+def test_stages_add_a_task_each(parts, monkeypatch):
+    """Four generations on three tasks in two stages: two tasks, then three; all three when means are judged; and the prompts
+    counted. Catches: a stage that comes a generation early, tasks out of order, a task that is judged and was not asked for."""
+    asked, fake = [], lambda gpt, params, *rest: asked.append(rest[3]) or (torch.rand(1 if params is None else len(params)), 0.5)
+    monkeypatch.setattr(evolve, "fitness", fake)
+    gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, head_dim=8, n_hidden=32)).eval()
+    config = evolve.Config(**evolve.PRESETS["smoke"] | dict(device="cpu", evolve_on="copy,lm,kv", stages=2, generations=4, validate=4))
+    _, _, cost = evolve.evolve(gpt, parts[2], config, lambda line: None, None, lambda state: None)
+    assert [" ".join(tasks) for tasks in asked] == ["copy lm kv"] * 2 + ["copy lm"] * 2 + ["copy lm kv"] * 3
+    assert cost["candidate prompts read"] == config.popsize * config.prompts * 10
+
+
 def test_memory_does_not_grow(parts):
     """200 generations of the loop: what the process holds after half of them and at the end. Catches: candidates, caches or
     hooks that something still refers to (four candidates kept a generation would be 13 MB)."""
@@ -1212,14 +1224,16 @@ def test_table_by_hand():
     forgets the number of tasks or seeds."""
     rows = [dict(method=method, task=task, length=64, seed=seed, cache=0.25, score=value + 0.1 * seed, lead=0.5 - value,
                  lead_se=0.03) for method, value in (("full", 0.2), ("namm", 0.5)) for task in data.TASKS for seed in (0, 1)]
-    full = next(line for line in evolve.table(rows).split("\n") if line.startswith("| full"))
+    full = next(line for line in evolve.table(rows, ("passage", "kv", "copy")).split("\n") if line.startswith("| full"))
     assert full.split(" | ")[-4:] == ["0.250 ± 0.071", "1.00 ± 0.00", "0.25", "+0.300 ± 0.015 |"]
     far = [dict(row, length=256, score=row["score"] / 2) for row in rows]
     extra = [dict(row, method=method) for row in rows + far for method in ("ntk", "h2o") if row["method"] == "full"]
-    line = evolve.claims(rows + far + extra).split("\n")[3].split(" | ")  # 256 tokens; the best is 0.2 and 0.3, seed by seed
+    line = evolve.claims(rows + far + extra, ("passage", "kv", "copy")).split("\n")[3].split(" | ")  # 256 tokens; the best is 0.2 and 0.3, seed by seed
     assert line[4] == "2.20" and line[8] == "1.12 ± 0.18" and line[9].startswith("h2o 0.12") and line[10] == "+0.300 ± 0.015 |"
-    namm_line = next(line for line in evolve.table(rows).split("\n") if line.startswith("| namm"))
+    namm_line = next(line for line in evolve.table(rows, ("passage", "kv", "copy")).split("\n") if line.startswith("| namm"))
     assert namm_line.split(" | ")[-3].startswith("2.25")                   # mean of 2.5 and 2.0 over seeds
+    everything = next(line for line in evolve.table(rows, list(data.TASKS)).split("\n") if line.startswith("| full"))
+    assert everything.split(" | ")[9:11] == ["0.25 ± 0.07", ""]            # there are no other tasks
 
 
 def test_summary_by_hand(tmp_path, monkeypatch, capsys):
@@ -1257,7 +1271,9 @@ def test_summary_by_hand(tmp_path, monkeypatch, capsys):
     (["--corpus", "{dir}/binary.txt"], "not"), (["--corpus", "{dir}/short.txt"], "too short"),
     (["--corpus", "{dir}/nothing"], "no .txt"), (["--delay", "50"], "multiple of 16"), (["--popsize", "1"], "popsize"),
     (["--n_head", "0"], "n_head"), (["--n_head", "3", "--n_kv_head", "2"], "n_kv_head"), (["--head_dim", "5"], "head_dim"), (["--head_dim", "2"], "head_dim"), (["--features", "x"], "features"),
-    (["--scorer", "x"], "scorer"), (["--heads", "x"], "heads"), (["--slots", "x"], "slots"), (["--stages", "4"], "stages"), (["--evolve_at", "2,0"], "evolve_at"),
+    (["--scorer", "x"], "scorer"), (["--heads", "x"], "heads"), (["--slots", "x"], "slots"),
+    (["--stages", "4"], "stages"), (["--evolve_on", "kv,riddle"], "evolve_on"), (["--evolve_on", "kv,kv"], "evolve_on"), (["--evolve_on", "lm", "--stages", "2"], "stages"),
+    (["--evolve_at", "2,0"], "evolve_at"),
     (["--evolve_at", "a"], "evolve_at"), (["--sigma", "-1"], "sigma"), (["--unknown", "1"], "unknown"),
     (["--preset", "huge"], "preset"), (["--covariance", "none"], "covariance"), (["--positions", "x"], "positions"), (["--methods", "h2o"], "methods"),
     (["--base", "{dir}/missing"], "holds no run"), (["--base", "{dir}/begun"], "no gpt.pt"), (["--base", "{dir}/torn"], "not a file of this program"),
