@@ -145,7 +145,7 @@ class Part:
     """What one part owns: no document and no key of it is in another part."""
     tokens: np.ndarray           # (many,) its documents, one after the other
     words: np.ndarray            # (some,) its words, each one token: the keys of the tasks
-    values: np.ndarray           # (some,) words for the answers, one token each, the same in all parts as digits are
+    values: np.ndarray           # (some,) words for the answers, one token each, the same in all parts
     ends_line: np.ndarray        # (V,) bool: this token ends a line
     blank: np.ndarray            # (V,) bool: this token is white space
     looks_back: np.ndarray       # (V,) bool: in training the heads may be asked to recall at this token
@@ -153,9 +153,11 @@ class Part:
     decode: callable             # [token] -> str
 
     def text(self, rng, n):
-        """n consecutive tokens from anywhere, (n,)."""
-        start = rng.integers(len(self.tokens) - n + 1)
-        return self.tokens[start:start + n]
+        """n consecutive tokens from anywhere, not all of them white space, (n,)."""
+        while True:
+            start = rng.integers(len(self.tokens) - n + 1)
+            if not self.blank[self.tokens[start:start + n]].all():
+                return self.tokens[start:start + n]
 
     def pick(self, rng, count):
         """`count` different words of this part, as tokens."""
@@ -189,7 +191,8 @@ def make_parts(texts, encoding, longest, learned_from=None):
     words = np.random.default_rng(0).permutation(words[64:2064])           # shuffled, then dealt to the parts
     words = np.split(words, (np.cumsum(list(WORDS.values())) * len(words)).astype(int))
     if min(map(len, words)) < 16:
-        raise ValueError(f"only {sum(map(len, words))} tokens of the vocabulary are words; use a larger --vocab_size")
+        raise ValueError(f"only {sum(map(len, words))} tokens of the vocabulary are words of the letters a to z; use a larger "
+                         "--vocab_size, or text with more such words")
     words = dict(zip(WORDS, words))
     dealt = set(np.concatenate([words[name] for name in WORDS]))
     words["train"] = np.array([t for t, b in spelled.items() if t not in dealt and b.strip(b" \n0123456789")])
@@ -384,7 +387,7 @@ def training_batch(part, rng, rows, length, recall):
     """`rows` prompts of random tasks, and words to recall, (N, L-1): at a share `recall` of the places in a context where no word
     of three letters or more stands, a word that was read before and will be asked for, any of them; -1 elsewhere. A large model
     expects what was said to matter again, and its attention shows it, at some tokens more than at others. A tiny one's heads
-    learn that only if told to; and what a token will be worth can be seen in no attention that nobody paid to it."""
+    learn that only if told to, and attention that nobody pays shows no manager what to keep."""
     prompts = batch(part, rng.choice(list(TASKS), rows), rng, length)
     tokens, answer, words = prompts.tokens.numpy(), prompts.answer.numpy(), np.full((rows, length - 1), -1)
     for i, task in enumerate(prompts.tasks):

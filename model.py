@@ -87,22 +87,16 @@ class KVCache:
         row that keeps fewer is padded with dead slots on the left."""
         keep = keep & self.alive
         count = keep.sum(-1)                                               # (B,K)
-        S, fewest = int(count.max()), int(count.min())
+        S, fewest = max(1, int(count.max())), int(count.min())
         if fewest == keep.shape[-1]:
             return
         order = (keep * torch.arange(1, keep.shape[-1] + 1, device=keep.device)).sort(-1).values[..., -S:] - 1
         index = order.clamp(min=0)                                         # (B,K,S) survivors in order, on the right
-        self.keys, self.values = self._take(self.keys, index), self._take(self.values, index)
-        self.positions = self._take(self.positions, index)
-        self.state = {name: self._take(x, index) for name, x in self.state.items()}
+        take = lambda x: x.take_along_dim(index.reshape(*index.shape, *[1] * (x.dim() - 3)), dim=2)   # x (B,K,S',...)
+        self.keys, self.values, self.positions = take(self.keys), take(self.values), take(self.positions)
+        self.state = {name: take(x) for name, x in self.state.items()}
         self.alive = order >= 0
         self.ragged = fewest < S
-
-    @staticmethod
-    def _take(x, index):
-        """Slots `index` (B,K,S) of x (B,K,S',...)."""
-        index = index.reshape(*index.shape, *[1] * (x.dim() - 3)).expand(*index.shape, *x.shape[3:])
-        return x.gather(2, index)
 
     def repeat(self, times):
         """Stack `times` copies of all rows, one below the other."""
@@ -128,7 +122,7 @@ PIECE = 64                         # queries at once where attention is written 
 def attend(q, k, v, alive=None, weights=False):
     """Causal attention of the T newest tokens over S slots.
 
-    q (B,K,g,T,D), k and v (B,K,S,D), alive (B,K,S) bool or None when no slot is dead. Returns the values seen,
+    q (B,K,g,T,D), k and v (B,K,S,D), alive (B,K,S) bool or None when no slot is dead. Returns the output,
     (B,K,g,T,D), and, if `weights`, what each slot received: softmax weights, mean over the group, (B,K,T,S).
     """
     B, K, g, T, D = q.shape
@@ -181,7 +175,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.n_head * D, config.n_embd, bias=False)
         if config.smear:                                                   # taps[j] of a head weighs what is j back
             self.k_taps = nn.Parameter(torch.eye(4)[:1].repeat(self.n_kv_head, 1))           # (K,4), at first x itself
-            apart = torch.arange(config.n_head // config.n_kv_head) % 4    # each query head of a group looks for another like
+            apart = torch.arange(config.n_head // config.n_kv_head) % 4    # a group's query heads start 0, 1, 2, 3 tokens back
             self.q_taps = nn.Parameter(torch.eye(4)[apart].repeat(self.n_kv_head, 1))        # (H,4)
         self.smear = config.smear
 
@@ -195,7 +189,7 @@ class Attention(nn.Module):
         q = self.wq(x).view(B, -1, K, g, D).permute(0, 2, 3, 1, 4)         # (B,K,g,T,D), or (B,K,g,3+T,D)
         k = self.wk(x).view(B, -1, K, D).transpose(1, 2)                   # (B,K,T,D), or (B,K,3+T,D)
         if self.smear:
-            q_taps, k_taps = self.q_taps.to(q.dtype), self.k_taps.to(k.dtype)              # autocast leaves products alone
+            q_taps, k_taps = self.q_taps.to(q.dtype), self.k_taps.to(k.dtype)              # autocast skips elementwise products
             q = sum(q_taps[:, j].view(K, g, 1, 1) * q[..., 3 - j:3 - j + T, :] for j in range(4))
             k = sum(k_taps[:, j].view(K, 1, 1) * k[..., 3 - j:3 - j + T, :] for j in range(4))
         alive, at = None, torch.arange(T, device=x.device)
@@ -249,7 +243,7 @@ class GPT(nn.Module):
             elif p.dim() == 2 and "taps" not in name:
                 nn.init.normal_(p, std=config.n_embd ** -0.5)
         if config.smear:
-            # Queries start equal to keys: from the first step on the heads look for the like of a token, or of the one, two or
+            # Queries start equal to keys: from the first step on heads attend to tokens like this one, or like the one, two or
             # three before it. Two heads that start alike in all would stay alike: their gradients would be the same.
             for layer in self.layers:
                 wq, wk = (w.weight.data.view(config.n_kv_head, -1, config.head_dim, config.n_embd)      # (K,g,D,C), (K,1,D,C)
@@ -482,8 +476,8 @@ def read(gpt, tokens, cache, delay, manage=None, weights=False):
 
 @torch.no_grad()
 def generate(gpt, tokens, count, delay, manage=None, weights=False, renumber=False):
-    """Greedy continuation of tokens (B,T) by `count` tokens, (B,count). The cache is managed while the prompt is read
-    and while the answer is written, each time the tokens seen reach a multiple of `delay`."""
+    """Greedy continuation of tokens (B,T) by `count` tokens, (B,count). The cache is managed, by one candidate, while the
+    prompt is read and while the answer is written, each time the tokens seen reach a multiple of `delay`."""
     cache, written = gpt.new_cache(len(tokens), renumber), []
     for _ in range(count):
         hidden = read(gpt, tokens, cache, delay, manage, weights)

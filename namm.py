@@ -6,7 +6,7 @@ After Cetin, Sun, Zhao, Tang: An Evolved Universal Transformer Memory, ICLR 2025
   2. moving_average   ... averaged over time, what is recent counting most  ->  one spectrum a token
   3. features         ... normalised, with the token's age beside it        ->  25 numbers a token
   4. bam_scores       backward attention memory: each token is judged beside all newer ones  ->  one score a token
-  5. keep_mask        a token whose score is below zero leaves that head's cache, and `eviction`: so do all but the best
+  5. keep_mask        a token whose score is below zero leaves that head's cache; `eviction`: of the others the best stay
   6. namm             the five together, as a manager of a cache; `spectra` joins 1 and 2, and adds a frame to the paper's
   7. BASELINES        hand-made rules behind the same interface
 
@@ -26,8 +26,8 @@ from torch.profiler import record_function
 
 N_FFT, HOP = 32, 16                # samples in a window, and from one window to the next
 F = N_FFT // 2 + 1                 # 17 frequency bins
-MEMORY = 0.99 ** 512               # what a block leaves of all before it in the moving average: the paper's 0.99 a token, for
-                                   # its blocks of 512 tokens, and as much for shorter ones
+MEMORY = 0.99 ** 512               # weight that a block leaves to all before it in the moving average: the paper's 0.99 a
+                                   # token over its 512; shorter blocks forget as much
 N_AGE = 8                          # features of a token's age
 N_IN = N_AGE + F                   # 25 features a token
 WIDTH = 32                         # of the backward attention
@@ -103,8 +103,8 @@ def asinh(x):
 
 def features(average, age, mean, std):
     """[sin and cos of the age at four speeds, normalised spectrum]: average (B,K,S,F), age (B,K,S) in tokens of the text
-    (newest token 0), mean and std (F,), collected once over the full cache -> (B,K,S,25). asinh, not in the paper, is nearly
-    the value itself while it is small and a logarithm beyond: a lone fact draws more attention than evolution ever saw."""
+    (newest token 0), mean and std (F,), collected once over the full cache -> (B,K,S,25). asinh, not in the paper, tames
+    outliers (linear near 0, logarithmic beyond): a lone fact draws more attention than evolution ever saw."""
     speed = 50_000.0 ** (-torch.arange(N_AGE // 2, device=age.device) / (N_AGE // 2))
     angle = age[..., None] * speed                                         # (B,K,S,4)
     return torch.cat([angle.sin(), angle.cos(), asinh((average - mean) / std.clamp(min=1e-7))], dim=-1)
@@ -113,7 +113,7 @@ def features(average, age, mean, std):
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Features -> scores: backward attention memory (section 3.2)
 
-SEES = ("all", "closed", "spectrum", "age", "values", "moments")          # what the scorer is given; closed is the paper
+SEES = ("all", "closed", "spectrum", "age", "values", "moments")          # what the scorer is given; closed: the paper, full frames only
 BLIND = {"spectrum": slice(0, N_AGE), "age": slice(N_AGE, N_IN)}          # which of the 25 it is then given as zero
 
 
@@ -164,8 +164,8 @@ SCORERS = {"bam": (bam_scores, SHAPES), "unmasked": (partial(bam_scores, newer=F
 
 
 def scale(scorer):
-    """One over the root of the number of inputs of each parameter, (n,): steps in these units disturb all alike. A bias
-    counts as one more row of its matrix."""
+    """1 / sqrt(number of inputs) of each parameter, (n,): the unit of its steps, so that one sigma fits all. A bias has that
+    of its matrix."""
     fan_in = {"bqkv": N_IN, "bo": WIDTH, "b1": N_IN, "b": SCORERS[scorer][1]["w"][0]}
     return torch.cat([torch.full((torch.Size(shape).numel(),), fan_in.get(name, shape[0]) ** -0.5)
                       for name, shape in SCORERS[scorer][1].items()])
@@ -176,7 +176,7 @@ def scale(scorer):
 
 def keep_mask(scores, threshold=0.0):
     """Keep what scores `threshold` or more, and the newest token always: (B,K,S) -> (B,K,S) bool. Parameters that are all
-    zero score 0 everywhere and drop nothing: evolution starts from the full cache, or as much of it as the capacity holds."""
+    zero score 0 everywhere: then only the capacity evicts."""
     keep = scores >= threshold
     keep[..., -1] = True
     return keep
@@ -185,7 +185,7 @@ def keep_mask(scores, threshold=0.0):
 def newest(scores, count):
     """A copy of the scores in which the `count` newest slots stay whatever they had."""
     scores = scores.clone()
-    scores[..., scores.shape[-1] - count:] = torch.inf
+    scores[..., max(0, scores.shape[-1] - count):] = torch.inf
     return scores
 
 
@@ -198,14 +198,14 @@ def keep_best(scores, budget):
 
 def keep_best_of_all(scores, budget):
     """For heads that share their slots, scores of each layer [(B,K,S)], of as many slots as it has: the newest slot of each head,
-    and the best others of a row, in whatever layer and head, `budget` in all. -> [(B,K,S)] bool."""
+    and the best others of a row, in whatever layer and head, `budget` in all; among equals those of upper layers, then heads.
+    -> [(B,K,S)] bool."""
     best = keep_best(torch.cat([newest(own, 1).flatten(1) for own in scores], dim=1), budget)        # (B, slots of a row)
-    sizes = [own[0].numel() for own in scores]
-    return [piece.view_as(own) for piece, own in zip(best.split(sizes, dim=1), scores)]
+    return [piece.view_as(own) for piece, own in zip(best.split([own[0].numel() for own in scores], dim=1), scores)]
 
 
 def eviction(capacity, shared=0):
-    """f(layer, cache, scores, keep), scores and keep (B,K,S): evicts what is not in `keep`, and what is not among the best by its score.
+    """f(layer, cache, scores, keep), scores and keep (B,K,S): evicts all but what is in `keep` and among the best by score.
 
     The best are each head's `capacity`, or any number if that is None or 0. With `shared`, the number of layers, they are the best
     of all heads of all layers, `capacity` a head in the mean; nothing is then evicted before the last layer was judged."""
@@ -216,7 +216,7 @@ def eviction(capacity, shared=0):
         scores = scores.masked_fill(~cache.alive, -torch.inf)
         if not (shared and capacity):
             return cache.evict(keep & keep_best(scores, capacity) if capacity else keep)
-        waiting[layer:] = [(cache, scores, keep)]                          # whatever an interrupted block has left goes
+        waiting[layer:] = [(cache, scores, keep)]                          # drops what an interrupted block left
         if layer == shared - 1:
             best = keep_best_of_all([scores for _, scores, _ in waiting], capacity * shared * scores.shape[1])
             for (cache, _, keep), own in zip(waiting, best):
@@ -249,8 +249,8 @@ def spectra(cache, attention, sees):
         average[:, :, :seen] = moving_average(frames, average[:, :, :seen], gamma)
         tail = piece[:, :, -HOP:].transpose(-1, -2)
     cache.state = {"tail": tail.contiguous(), "spectrum": average}
-    if transform is spectrogram and sees != "closed":                      # the frame that the newest HOP queries have opened, its
-        opened = magnitudes(tail.transpose(-1, -2)).transpose(-1, -2)      # other half still to come: judged by, not remembered
+    if transform is spectrogram and sees != "closed":                      # a frame half full: the newest HOP queries, then zeros;
+        opened = magnitudes(tail.transpose(-1, -2)).transpose(-1, -2)      # judged by, not remembered
         average = moving_average(opened[:, :, :, None], average, gamma)    # opened (B,K,S,F)
     return average
 
@@ -297,9 +297,8 @@ def statistics(totals, sees="all"):
 
 def mean_std(totals):
     """Mean and (biased) standard deviation of each bin from the totals of `statistics`, (F,) each."""
-    count, total, squares = totals
-    mean = total / count
-    return mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
+    mean, square = totals[1:] / totals[0]
+    return mean.float(), (square - mean.square()).clamp(min=0).sqrt().float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,8 +342,9 @@ def snapkv(cache, attention, budget, generator):
     """SnapKV (Li et al. 2024): a window of the newest slots, and what its queries attend to, smoothed over five
     neighbours in the cache. The window is 32 queries, at most half a block and half the budget."""
     window = max(1, min(32, attention.shape[2] // 2, budget // 2))
-    votes = attention[:, :, -window:].float().mean(2)                      # (B,K,S)
-    return newest(avg_pool1d(votes, 5, stride=1, padding=2, count_include_pad=False), window)
+    votes = attention[:, :, -window:].float().mean(2)                      # (B,K,S), 0 for dead slots, which are no neighbours
+    total, neighbours = (avg_pool1d(x, 5, stride=1, padding=2) for x in (votes, cache.alive.float()))        # of five, each
+    return newest(total / neighbours.clamp(min=0.1), window)
 
 
 def fastgen(cache, attention, budget, generator):

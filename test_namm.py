@@ -173,6 +173,19 @@ def test_renumbered_positions_close_ranks():
         assert (out[True] - out[False]).abs().max() > 1e-2
 
 
+def test_a_cache_of_which_nothing_stays():
+    """Tokens after it must be read as at the start, but for their places and smear. Catches: slots that were to be forgotten, kept
+    as they were, because the last none of them are all of them."""
+    gpt, tokens = tiny_gpt(smear=False), some_tokens(2, 12)
+    with torch.no_grad():
+        cache = gpt.new_cache(2, renumber=True)
+        gpt(tokens[:, :8], cache)
+        for layer in cache:
+            layer.evict(torch.zeros_like(layer.alive))
+        assert not any(layer.alive.any() or layer.keys.shape[2] > 1 for layer in cache)
+        torch.testing.assert_close(gpt(tokens[:, 8:], cache), gpt(tokens[:, 8:]), atol=1e-4, rtol=1e-4)
+
+
 def test_generate_evicts_while_it_writes():
     """Greedy writing, token by token, with a manager that keeps the 16 newest slots: equal to masking in naive loops.
     Catches: a manager that is not called while writing, or gets attention of the wrong tokens."""
@@ -488,6 +501,16 @@ def test_baselines_on_six_slots_by_hand():
     assert all(len(slots) == 4 and slots[-1] == 5 for slots in kept("random", 4, None))
 
 
+def test_snapkv_does_not_see_dead_slots():
+    """The four newest of six slots, with the two oldest dead, against a cache of those four. Catches: dead padding that counts as a
+    neighbour without votes, so that a prompt's score depends on what it is read beside."""
+    padded, alone = Six(), Six()
+    padded.alive = padded.alive & (torch.arange(6) >= 2)
+    alone.positions, alone.alive = alone.positions[..., 2:], alone.alive[..., 2:]
+    received = torch.rand(1, 2, 2, 6) * padded.alive[:, :, None]
+    torch.testing.assert_close(namm.snapkv(padded, received, 3, None)[..., 2:], namm.snapkv(alone, received[..., 2:], 3, None))
+
+
 def test_h2o_sums_do_not_depend_on_the_cut_and_survive_the_protection():
     """Catches: protecting the newest slots inside the running sums, which would protect them for ever."""
     torch.manual_seed(0)
@@ -685,6 +708,15 @@ def test_facts_fit_when_a_tokeniser_spells_every_mark_out(parts, length):
     assert made.tokens.shape == (3 * len(data.TASKS), length) and made.context == length - data.room(length)
     for task, tokens, answer in zip(made.tasks, made.tokens.numpy(), made.answer.numpy()):
         assert answer.max() >= 1 and (task == "lm" or len(data.told(tokens, answer, made.context)))
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_a_text_with_long_blank_stretches(parts, task):
+    """Catches: a passage that has no word to end in, a line to copy of nothing but white space."""
+    part, end = parts[2]["train"], parts[2]["train"].encode("\n")[0]
+    blank = np.where(np.arange(len(part.tokens)) % 400 < 300, end, part.tokens)
+    made = data.batch(dataclasses.replace(part, tokens=blank), [task] * 60, np.random.default_rng(0), 64)
+    assert (made.answer.max(1).values > 0).all()
 
 
 def test_words_to_recall_were_read_before_and_are_asked_for(parts):
