@@ -13,6 +13,7 @@ Read in this order:
 
 import argparse
 import dataclasses
+import functools
 import html
 import io
 import itertools
@@ -24,7 +25,6 @@ import platform
 import re
 import sys
 import time
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -39,19 +39,19 @@ from model import GPT, GPTConfig, read, summed, train, world
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Config
 
-def setting(default, help):
-    """A field of Config with its help."""
-    return field(default=default, metadata={"help": help})
+def setting(default, help, choices=None):
+    """A field of Config with its help, and all that it can be, if that is a few words."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """Every setting; `python evolve.py --help` prints this list."""
     out: str = setting("", "folder of the run; runs/PRESET if not given")
     base: str = setting("", "folder of a finished run whose GPT, tokeniser, length and text to use instead of training")
     eval: str = setting("", "folder of a finished run to report on again, at other lengths, texts or thresholds")
     seed: int = setting(0, "of everything: GPT, prompts, candidates")
-    device: str = setting("", "cpu or cuda; if not given, cuda where there is one")
+    device: str = setting("", "if not given, cuda where there is one", ("cpu", "cuda"))
     # text
     corpus: str = setting("", "a file, or a folder of .txt .md .rst .py; if not given, Python's own text")
     tokenizer: str = setting("learned", "learned from the text, or a name that tiktoken knows, such as gpt2")
@@ -74,20 +74,20 @@ class Config:
     # the cache
     delay: int = setting(32, "tokens between two evictions, a multiple of 16")
     capacity: int = setting(64, "most slots that NAMM keeps in a head, in the mean over heads and layers; 0 for any number")
-    slots: str = setting("shared", "shared: all heads of all layers keep their best together; own: each head its own best")
+    slots: str = setting("shared", "whose best stay: those of all heads and layers, or of each head", ("shared", "own"))
     threshold: float = setting(0.0, "a token that scores less leaves the cache")
-    positions: str = setting("renumbered", "of cached keys: renumbered inside the cache, or original (the paper)")
+    positions: str = setting("renumbered", "of keys: in the cache, or in the text (paper)", ("renumbered", "original"))
     # the manager
-    features: str = setting("all", f"what a token is judged by: {', '.join(namm.SEES)} (see namm.py)")
-    scorer: str = setting("bam", f"how: {', '.join(namm.SCORERS)}")
-    heads: str = setting("apart", "apart: each head drops its own tokens; together: a layer's heads drop the same")
+    features: str = setting("all", "what a token is judged by (see namm.py)", namm.SEES)
+    scorer: str = setting("bam", "how (see namm.py)", tuple(namm.SCORERS))
+    heads: str = setting("apart", "each head drops its own tokens, or a layer's drop the same", ("apart", "together"))
     # evolution
     evolve_on: str = setting("passage,kv,copy", "tasks to evolve on; all others in the report are new to the manager")
     generations: int = setting(15, "generations")
     stages: int = setting(1, "1: all tasks from the start; more: one more task in each of so many equal stages")
     popsize: int = setting(16, "candidates in a generation")
     sigma: float = setting(0.6, "first step size, in units of one over the root of a weight's inputs")
-    covariance: str = setting("diagonal", "diagonal or full")
+    covariance: str = setting("diagonal", "what is adapted of it", ("diagonal", "full"))
     prompts: int = setting(4, "fresh prompts for each task in a generation, the same for all candidates")
     evolve_at: tuple = setting((1, 2, 4), "lengths to evolve at, in training lengths, drawn for each task and generation")
     validate: int = setting(5, "generations between two validations of the average mean")
@@ -145,23 +145,23 @@ def parse(argv=None):
     parser.add_argument("--preset", choices=PRESETS, help="smoke takes half a minute; if not given, gpu where there is one")
     for f in dataclasses.fields(Config):
         shown = ",".join(map(str, f.default)) if f.type is tuple else f.default
-        parser.add_argument("--" + f.name, type=numbers if f.type is tuple else f.type,
-                            metavar="VALUE", help=f"{f.metadata['help']} [{shown}]")
+        choices = f.metadata["choices"]
+        parser.add_argument("--" + f.name, type=numbers if f.type is tuple else f.type, metavar="|".join(choices or ["VALUE"]),
+                            help=f"{f.metadata['help']} [{shown}]")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
     parser.add_argument("--show", metavar="RUN", help="print a prompt, the answers, and what a finished run keeps of it")
     parser.add_argument("--task", choices=data.TASKS, default="needle", help="of the prompt to show")
     parser.add_argument("--bench", action="store_true", help="print how fast it is here, with the GPT of --base, if given")
     given = vars(parser.parse_args(argv))
-    task, action = given.pop("task"), "bench" if given.pop("bench", False) else "run"
-    for option in [name for name in ("resume", "eval", "show") if given.get(name)]:
-        folder = pathlib.Path(given[option])
-        given = settings_of(folder) | {"out": str(folder / "eval" if option == "eval" else folder)} | given
+    task, bench, show, resume = (given.pop(name, None) for name in ("task", "bench", "show", "resume"))
+    action = task if show else "bench" if bench else "run"
+    if folder := show or resume or given.get("eval"):
+        out = pathlib.Path(folder) / ("" if show or resume else "eval")
+        given = settings_of(folder) | {"out": str(out)} | given
     if given.get("base"):
         own = settings_of(given["base"])                                   # to measure its speed: all that it was made with
         taken = set(own) - {"out", "base", "eval", "device"} if action == "bench" else {*SIZES, "tokenizer", "corpus", "length"}
         given = {name: value for name, value in own.items() if name in taken} | given
-    given.pop("resume", None)
-    action = task if given.pop("show", None) else action
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = given.pop("preset", "gpu" if device == "cuda" else "cpu")
     config = Config(**{"out": f"runs/{preset}", **PRESETS[preset], **given, "device": device})
@@ -171,20 +171,17 @@ def parse(argv=None):
 
 def check(c):
     """Raise ValueError for settings that cannot be."""
-    for name in ("n_layer n_head n_kv_head n_embd head_dim n_hidden length steps batch_tokens lr delay generations sigma "
-                 "prompts validate choose_prompts report_prompts far_prompts rows evolve_at report_at").split():
+    for name in ("n_layer n_head n_kv_head n_embd head_dim n_hidden rope_theta rope_scale length steps batch_tokens lr "
+                 "delay generations sigma prompts validate choose_prompts report_prompts far_prompts rows evolve_at report_at").split():
         value = getattr(c, name)
         if not all(0 < x < math.inf for x in (value if isinstance(value, tuple) else (value,))):         # nor NaN
             raise ValueError(f"--{name} must be above 0")
+    for f in dataclasses.fields(c):
+        if f.metadata["choices"] and getattr(c, f.name) not in f.metadata["choices"]:
+            raise ValueError(f"--{f.name} is one of {', '.join(f.metadata['choices'])}")
     shortest = c.length * min(c.evolve_at)
     for holds, message in [
-        (c.device in ("cpu", "cuda"), "--device is cpu or cuda"),
         (c.device == "cpu" or torch.cuda.is_available(), "--device cuda: this PyTorch finds no CUDA device"),
-        (c.positions in ("renumbered", "original"), "--positions is renumbered or original"),
-        (c.covariance in ("diagonal", "full"), "--covariance is diagonal or full"),
-        (c.features in namm.SEES, f"--features is one of {', '.join(namm.SEES)}"),
-        (c.scorer in namm.SCORERS, f"--scorer is one of {', '.join(namm.SCORERS)}"),
-        (c.heads in ("apart", "together"), "--heads is apart or together"),
         (set(evolved := c.evolve_on.split(",")) <= set(data.TASKS) and len(set(evolved)) == len(evolved),
          f"--evolve_on: one or more of {', '.join(data.TASKS)}, each once"),
         (1 <= c.stages <= len(evolved), f"--stages is 1 to the number of tasks to evolve on, here {len(evolved)}"),
@@ -200,7 +197,6 @@ def check(c):
          f"--methods: namm and full, and any of {', '.join(METHODS[2:])}"),
         (0 <= c.recall < 1, "--recall must be 0 or more, and below 1"),
         (c.capacity >= 0, "--capacity must be 0 or more"),
-        (c.slots in ("own", "shared"), "--slots is own or shared"),
         (not math.isnan(c.threshold), "--threshold must be a number"),
         (c.vocab_size > 266, "--vocab_size must be above 266: 256 bytes, ten digits, and what is learned"),
     ]:
@@ -230,9 +226,9 @@ class CMAES:
         self.sigma, self.seed, self.diagonal, self.generation = float(sigma), seed, diagonal, 0
         n = len(self.mean)
         lam = self.popsize = popsize or 4 + int(3 * math.log(n))                                    # (48)
-        mu = lam // 2
+        mu = self.mu = lam // 2
         w = math.log((lam + 1) / 2) - torch.arange(1, lam + 1, dtype=torch.float64).log()           # (49)
-        mu_eff = (w[:mu].sum() ** 2 / w[:mu].square().sum()).item()
+        mu_eff = self.mu_eff = (w[:mu].sum() ** 2 / w[:mu].square().sum()).item()
         mu_eff_minus = (w[mu:].sum() ** 2 / w[mu:].square().sum()).item()
         # how fast the step size and the covariance follow
         self.c_sigma = (mu_eff + 2) / (n + mu_eff + 5)                                              # (55)
@@ -247,13 +243,11 @@ class CMAES:
                        1 + 2 * mu_eff_minus / (mu_eff + 2),                                         # (51)
                        (1 - self.c_1 - self.c_mu) / (n * self.c_mu))                                # (52)
         self.weights = torch.where(w >= 0, w / w[w > 0].sum(), negative * w / -w[w < 0].sum())      # (53)
-        self.mu, self.mu_eff = mu, mu_eff
         self.chi_n = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n * n))                            # E|N(0, I)|
         # an eigendecomposition costs n^3 and C changes slowly: renew it only when C has moved
         self.lazy_gap = max(1, int(0.5 / (n * (self.c_1 + self.c_mu))))
         self.p_sigma, self.p_c = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
-        shape = (n,) if diagonal else (n, n)
-        self.C = torch.ones(shape, dtype=torch.float64) if diagonal else torch.eye(n, dtype=torch.float64)
+        self.C = (torch.ones if diagonal else torch.eye)(n, dtype=torch.float64)
         self.B, self.D = None, torch.ones(n, dtype=torch.float64)          # C = B D^2 B^T; B None: the identity
 
     def ask(self):
@@ -279,9 +273,8 @@ class CMAES:
         norm = self.p_sigma.norm().item()
         self.sigma *= math.exp(self.c_sigma / self.d_sigma * (norm / self.chi_n - 1))               # (44)
         # covariance: one rank from the path of the mean, the others from this generation
-        stalled = norm / math.sqrt(1 - (1 - self.c_sigma) ** (2 * (self.generation + 1))) >= (
-            1.4 + 2 / (n + 1)) * self.chi_n
-        h_sigma = 0.0 if stalled else 1.0
+        h_sigma = float(norm / math.sqrt(1 - (1 - self.c_sigma) ** (2 * (self.generation + 1)))     # 0: it has outrun C
+                        < (1.4 + 2 / (n + 1)) * self.chi_n)
         self.p_c = ((1 - self.c_c) * self.p_c
                     + h_sigma * math.sqrt(self.c_c * (2 - self.c_c) * self.mu_eff) * y_w)           # (45)
         w = torch.where(w >= 0, w, w * n / z.square().sum(1))                                       # (46)
@@ -289,14 +282,13 @@ class CMAES:
         decay = 1 + lost - self.c_1 - self.c_mu * self.weights.sum().item()
         rows = torch.cat([self.p_c[None], y])                                                       # (1 + popsize, n)
         gain = torch.cat([torch.tensor([self.c_1], dtype=torch.float64), self.c_mu * w])            # (1 + popsize,)
-        if self.diagonal:
-            self.C = decay * self.C + gain @ rows.square()                                          # (47)
-        else:
-            self.C.addmm_((gain[:, None] * rows).T, rows, beta=decay)                               # (47)
         self.generation += 1
         if self.diagonal:
+            self.C = decay * self.C + gain @ rows.square()                                          # (47)
             self.D = self.C.sqrt()
-        elif self.generation % self.lazy_gap == 0:
+            return
+        self.C = torch.addmm(self.C, (gain[:, None] * rows).T, rows, beta=decay)                    # (47)
+        if self.generation % self.lazy_gap == 0:
             self.C = (self.C + self.C.T) / 2
             variance, self.B = torch.linalg.eigh(self.C)
             self.D = variance.clamp(min=1e-20).sqrt()
@@ -307,8 +299,7 @@ class CMAES:
 
     def load_state_dict(self, state):
         """Go on from state_dict() of a CMAES made with the same arguments."""
-        for name, value in state.items():
-            setattr(self, name, value.clone() if torch.is_tensor(value) else value)
+        vars(self).update(state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,16 +318,15 @@ def evaluate(gpt, batch, config, manage=None, weights=False, copies=1):
     it goes on with half as many.
     """
     done, start, (N, L) = [], 0, batch.tokens.shape
+    each = copies if manage else max(1, L // config.length)                # as how many rows a prompt counts
     while start < N:
-        rows = config.rows // copies if manage else config.rows * config.length // L
-        piece = batch.each(lambda x: x[start:start + max(1, rows)])
+        piece = batch.each(lambda x: x[start:start + max(1, config.rows // each)])
         try:
             got = answers(gpt, piece, config, manage, weights)
         except torch.OutOfMemoryError:
             if len(piece.tokens) == 1:
                 raise
-            tried = len(piece.tokens) * copies if manage else len(piece.tokens) * L // config.length
-            config.rows = max(1, tried // 2)
+            config.rows = len(piece.tokens) * each // 2
             tqdm.write(f"out of memory: reading {config.rows} rows at once from here on")
         else:
             done.append([x.unflatten(0, (-1, len(piece.tokens))) for x in got])              # (copies,prompts) each
@@ -448,9 +438,10 @@ def evolve(gpt, parts, config, log, state, keep):
     of the search distribution; what is kept is an average of the means, the last ten of which count most, and of these averages
     the one with the best fitness on the prompts to choose by, which are always the same and never evolved on. Generation 0, all
     zeros, drops nothing of its own accord."""
-    statistics, best = feature_statistics(gpt, parts["evolve"], config), yardstick(gpt, parts["evolve"], config)
-    evolved = config.evolve_on.split(",")
-    tasks_at = lambda g: evolved[:len(evolved) - config.stages + 1 + config.stages * max(0, g - 1) // config.generations]
+    evolved, part = config.evolve_on.split(","), parts["evolve"]
+    statistics, best = feature_statistics(gpt, part, config), yardstick(gpt, part, config)
+    first = len(evolved) - config.stages + 1                               # how many tasks the first stage has
+    tasks_at = lambda g: evolved[:first + config.stages * max(0, g - 1) // config.generations]
     scale = namm.scale(config.scorer)                                      # one step size fits all weights
     es = CMAES(torch.zeros(len(scale)), config.sigma, config.popsize, config.seed, config.covariance == "diagonal")
     any_length, every_length = lambda rng: [rng.choice(config.evolve_at)], lambda rng: config.evolve_at
@@ -461,8 +452,8 @@ def evolve(gpt, parts, config, log, state, keep):
                        np.random.default_rng([config.seed, 3]), config)
 
     [full], _ = validate(None)
-    state = state or {"next": 0, "average": es.mean, "highest": -math.inf, "chosen": None, "passed": None, "seconds": 0.0,
-                      "history": []}
+    state = state or dict(next=0, average=es.mean, highest=-math.inf, seconds=0.0, history=[],
+                          chosen=es.mean.float())                          # which stays, if no fitness is a number
     if "es" in state:
         es.load_state_dict(state["es"])
     start = time.time() - state["seconds"]
@@ -474,7 +465,7 @@ def evolve(gpt, parts, config, log, state, keep):
         of_all, of_mean, point = " " * 33, " " * 20, {"generation": g, "sigma": es.sigma}
         if g:
             candidates = (es.ask() * scale).float().to(config.device)
-            got, kept = fitness(gpt, candidates, statistics, best, parts["evolve"], tasks, any_length, config.prompts,
+            got, kept = fitness(gpt, candidates, statistics, best, part, tasks, any_length, config.prompts,
                                 np.random.default_rng([config.seed, 2, g]), config)
             es.tell(got)
             state["average"] = state["average"] + (es.mean - state["average"]) / min(g, 10)
@@ -483,19 +474,19 @@ def evolve(gpt, parts, config, log, state, keep):
         if g % config.validate == 0 or g == config.generations:
             mean = (state["average"] * scale).float()
             [value], kept = validate(mean[None].to(config.device))
-            star = "*" if g and value > state["highest"] else " "
-            if star == "*":
+            better = g > 0 and value > state["highest"]
+            if better:
                 state |= {"highest": value.item(), "chosen": mean}
-            state["passed"] = g if state["passed"] is None and value > full else state["passed"]
-            of_mean = f"{value:12.3f}{star} {kept:6.1%}"
+            of_mean = f"{value:12.3f}{'*' if better else ' '} {kept:6.1%}"
             point["mean"] = value.item()
         left = (time.time() - start) / (g + 1) * (config.generations - g)
         log(f"{g:5d}/{config.generations:<4d} {len(tasks):5d} | {of_all} | {of_mean} | {es.sigma:5.3f} "
             f"{(es.D.max() / es.D.min()).item():11.2f} | {time.time() - began:7.1f} {left:4.0f}s")
         state["history"].append(point)
         keep(state | {"next": g + 1, "es": es.state_dict(), "seconds": time.time() - start})
+    passed = [point["generation"] for point in state["history"] if point.get("mean", -math.inf) > full.item()]
     cost = {"generations": config.generations, "fitness of the full cache": full.item(),
-            "passed the full cache at generation": state["passed"],
+            "passed the full cache at generation": passed[0] if passed else None,
             "seconds": time.time() - start,
             "candidate prompts read": config.popsize * config.prompts * sum(len(tasks_at(g + 1)) for g in range(config.generations))}
     log(f"evolution: {json.dumps(cost)}")
@@ -549,25 +540,25 @@ def report(gpt, params, statistics, part, config):
     for times in config.report_at:
         length, count = times * config.length, config.report_prompts if times <= 4 else config.far_prompts
         batch, at, slots = every_task(part, count, [config.seed, 4, times], length, config.device), {}, None
+        depth = data.depth(batch.each(lambda x: x.split(count)[list(data.TASKS).index("needle")]))  # (count,) in 0..4
         for method in chosen[times]:
             began = time.time()
             gpt.config.rope_scale = config.rope_scale * (times if method == "ntk" else 1)
-            exact, _, logprob, cache = evaluate(gpt, batch, config, *rule(method, params, statistics, slots, config))
+            got = [x.cpu() for x in evaluate(gpt, batch, config, *rule(method, params, statistics, slots, config))]
+            taken = time.time() - began
             if method == "namm":
-                slots = slots_of(cache.mean().item(), batch.context, config)
-            of_task = lambda x: dict(zip(data.TASKS, x.cpu().split(count)))
-            exact, logprob, cache, taken = of_task(exact), of_task(logprob), of_task(cache), time.time() - began
-            for t, task in enumerate(data.TASKS):
-                got = score(task, exact[task], logprob[task])
+                slots = slots_of(got[3].mean().item(), batch.context, config)
+            for task, exact, _, logprob, cache in zip(data.TASKS, *(x.split(count) for x in got)):       # (count,) each
+                value = score(task, exact, logprob)
                 # what each prompt adds to the score; for 1 / perplexity, to first order
-                at[method, task] = got * (1 + logprob[task] - logprob[task].mean()) if task == "lm" else exact[task]
-                lead = at["namm", task] - at[method, task]
-                rows.append(dict(method=method, task=task, length=length, score=got, logprob=logprob[task].mean().item(),
-                                 relative=None, cache=cache[task].mean().item(), seed=config.seed, lead=lead.mean().item(),
-                                 lead_se=(lead.var(correction=0) / count).sqrt().item(), seconds=taken / len(data.TASKS)))
+                at[method, task] = value * (1 + logprob - logprob.mean()) if task == "lm" else exact
+                gap = at["namm", task] - at[method, task]
+                rows.append(dict(method=method, task=task, length=length, score=value, logprob=logprob.mean().item(),
+                                 relative=None, cache=cache.mean().item(), seed=config.seed, lead=gap.mean().item(),
+                                 lead_se=(gap.var(correction=min(1, count - 1)) / count).sqrt().item(), seconds=taken / len(data.TASKS)))
                 if task == "needle":
-                    depth = data.depth(batch.each(lambda x: x.split(count)[t]))              # (count,) in 0..4
-                    rows[-1]["depths"] = [exact[task][depth == d].mean().item() if (depth == d).any() else None for d in range(5)]
+                    found = [exact[depth == d] for d in range(5)]
+                    rows[-1]["depths"] = [x.mean().item() if len(x) else None for x in found]
             bar.update()
     gpt.config.rope_scale = config.rope_scale
     full = {(row["task"], row["length"]): row["score"] for row in rows if row["method"] == "full"}
@@ -629,28 +620,21 @@ def watch(gpt, params, statistics, batch, config):
     new = lambda *last: batch.tokens.new_zeros(len(batch.tokens), config.n_kv_head, n, *last, dtype=torch.float)
     fate = [{"lives": new() == 0, "score": new() / 0, "spectrum": new(namm.F), "seen": []} for _ in gpt.layers]
 
-    def watched(layer, cache, received):
-        """The manager, whose call of cache.evict is written down."""
-        own, evict = fate[layer], cache.evict
+    def record(own, layer, evict, keep):
+        """Note what is known of each slot that is judged, at its position in the text, then evict."""
+        row, head, slot = layer.alive.nonzero(as_tuple=True)
+        at = row, head, layer.positions[row, head, slot]
+        own["score"][at] = layer.state["score"][row, head, slot]
+        own["spectrum"][at] = layer.state["spectrum"][row, head, slot]
+        own["seen"].append(own["spectrum"][0] * own["lives"][0, ..., None])  # zero for what went before
+        own["lives"][at] = keep[row, head, slot]
+        evict(keep)
 
-        def record(keep):
-            """Note what is known of each slot that is judged, at its position in the text, then evict."""
-            row, head, slot = cache.alive.nonzero(as_tuple=True)
-            at = row, head, cache.positions[row, head, slot]
-            for name, now in {"lives": keep, "score": cache.state["score"], "spectrum": cache.state["spectrum"]}.items():
-                own[name][at] = now[row, head, slot]
-            first, own_seen = row == 0, torch.zeros_like(own["spectrum"][0])                 # (M,), (K,n,F)
-            own_seen[at[1][first], at[2][first]] = cache.state["spectrum"][row, head, slot][first]
-            own["seen"].append(own_seen)
-            evict(keep)
-
-        if "evict" not in vars(cache):
-            cache.evict = record                                           # in place of the method, from now on
-        manage(layer, cache, received)
-
+    cache = gpt.new_cache(len(batch.tokens), config.positions == "renumbered")
+    for own, layer in zip(fate, cache):
+        layer.evict = functools.partial(record, own, layer, layer.evict)   # in place of the method
     with precision(config.device):
-        read(gpt, batch.tokens[:, :n], gpt.new_cache(len(batch.tokens), config.positions == "renumbered"), config.delay,
-             watched, weights=True)
+        read(gpt, batch.tokens[:, :n], cache, config.delay, manage, weights=True)
     return fate
 
 
@@ -658,7 +642,7 @@ def anatomy(gpt, params, statistics, part, config):
     """What NAMM keeps: [{layer, head, kind, kept, spectrum_kept, spectrum_dropped, seed}], over prompts of all tasks but
     `lm` at the longest length of evolution. `kept`: share of the tokens of a kind that lives at the end of the context. For
     kind "all" the mean spectra (F,) of the tokens that stayed and of those that went, each when it was last judged."""
-    sums = {}
+    rows, found = [], {}
     for t, task in enumerate(task for task in data.TASKS if task != "lm"):
         rng = np.random.default_rng([config.seed, 8, t])
         batch = prompts(part, task, 8, rng, config.length * max(config.evolve_at), config.device)
@@ -671,17 +655,15 @@ def anatomy(gpt, params, statistics, part, config):
                  "first four": place < 4, "newest 32": place >= batch.context - 32, "line ends": ends & ~asked}
         for layer, fate in enumerate(watch(gpt, params, statistics, batch, config)):
             for head, (kind, mask) in itertools.product(range(config.n_kv_head), kinds.items()):
-                lives, spectrum, mask = fate["lives"][:, head], fate["spectrum"][:, head], mask.expand_as(asked)
-                judged = mask & fate["score"][:, head].isfinite()
-                here = [mask.sum().item(), (lives & mask).sum().item()]
-                here += [x for who in (lives, ~lives) for x in ((judged & who).sum().item(), spectrum[judged & who].sum(0))]
-                sums[layer, head, kind] = [a + b for a, b in zip(sums.get((layer, head, kind), [0] * 6), here)]
-    rows = []
-    for (layer, head, kind), (count, kept, *spectra) in sums.items():
-        rows.append(dict(layer=layer, head=head, kind=kind, kept=kept / max(1, count), seed=config.seed))
+                own = fate["lives"][:, head], fate["score"][:, head].isfinite(), fate["spectrum"][:, head]
+                found.setdefault((layer, head, kind), []).append([x[mask.expand_as(asked)] for x in own])
+    for (layer, head, kind), pieces in found.items():
+        lives, judged, spectrum = (torch.cat(x) for x in zip(*pieces))     # (M,), (M,), (M,F): all tokens of the kind
+        kept = lives.double().mean().nan_to_num().item()
+        rows.append(dict(layer=layer, head=head, kind=kind, kept=kept, seed=config.seed))
         if kind == "all":
-            rows[-1] |= {name: (total / max(1, count)).tolist() for name, count, total in
-                         zip(("spectrum_kept", "spectrum_dropped"), spectra[::2], spectra[1::2])}
+            for name, who in (("spectrum_kept", judged & lives), ("spectrum_dropped", judged & ~lives)):
+                rows[-1][name] = spectrum[who].mean(0).nan_to_num().tolist()
     return rows
 
 
@@ -709,10 +691,9 @@ def save(path, content):
             file.write(content if isinstance(content, bytes) else content.encode())
             file.flush()
             os.fsync(file.fileno())
-    except OSError:                                                        # the disk is full, say
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)                                  # still there: the disk is full, say
 
 
 def load(path, names, device="cpu"):
@@ -748,7 +729,10 @@ def means(rows):
 
 
 def ratio(a, b):
-    """a / b, nothing where b is 0: where the full cache scores nothing, there is nothing to compare with."""
+    """a / b, nothing where b is 0: where the full cache scores nothing, there is nothing to compare with. Raises ValueError
+    when they are not of the same runs."""
+    if len(a) != len(b):
+        raise ValueError("--summary: these runs reported at different lengths; give it runs of the same --report_at")
     return [x / y for x, y in zip(a, b) if y] or [math.nan]
 
 
@@ -772,11 +756,12 @@ def table(rows, evolved):
 
 
 def claims(rows, evolved):
-    """Markdown, a line for each length, for a NAMM evolved on the tasks `evolved`: it beside the full cache there, beside the full cache at the shortest length, where
-    the GPT is at its best, and beside the best hand-made rule. Means over tasks, then over seeds; relative is a ratio of
-    means, since a full cache's score near 0 would blow up the mean of the ratios."""
-    over, lengths, asked = means(rows), sorted({row["length"] for row in rows}), {row["method"] for row in rows}
-    if "ntk" not in asked or not asked & set(namm.BASELINES):              # with --methods
+    """Markdown, a line for each length: NAMM, evolved on the tasks `evolved`, beside the full cache there, beside the full
+    cache at the shortest length, where the GPT is at its best, and beside the best hand-made rule. Means over tasks, then over
+    seeds; relative is a ratio of means, since a full cache's score near 0 would blow up the mean of the ratios."""
+    over, reported = means(rows), lambda methods: {row["length"] for row in rows if row["method"] in methods}
+    lengths = sorted(reported(["ntk"]) & reported(namm.BASELINES))
+    if not lengths:                                                        # with --methods
         return ""
     text = ["| tokens | full cache | NTK | NAMM | relative | cache | of the best: evolved on | other tasks | all | best rule | "
             "NAMM ahead |", "|---" * 11 + "|"]
@@ -867,11 +852,11 @@ def picture_evolution(cost):
     history, full = cost["history"], cost["fitness of the full cache"]
     last = max(1, history[-1]["generation"])
     line = lambda key: [(point["generation"], point[key]) for point in history if key in point]
-    top = max([full, *(y for key in ("best", "mean") for _, y in line(key))])
-    ticks = lambda top: [round(top * part, 3) for part in (0, 0.25, 0.5, 0.75, 1)]
-    colors = {"candidates": "#868e96", "best of them": "#1c7ed6", "mean": "#e8590c", "full cache": "#c92a2a"}
-    fitness = [(color, line(key), 0) for color, key in zip(colors.values(), ("candidates", "best", "mean"))]
-    body = plot(0, "fitness", fitness + [("#c92a2a", [(0, full), (last, full)], 4)], (0, last), ticks(top))
+    ticks = lambda top: [float(f"{top * part:.3g}") for part in (0, 0.25, 0.5, 0.75, 1)]
+    colors = {"candidates": "#868e96", "best": "#1c7ed6", "mean": "#e8590c", "full cache": "#c92a2a"}
+    lines = [(colors[key], line(key), 0) for key in ("candidates", "best", "mean")]
+    lines.append((colors["full cache"], [(0, full), (last, full)], 4))
+    body = plot(0, "fitness", lines, (0, last), ticks(max(y for _, points, _ in lines for _, y in points)))
     for left, title, key in ((240, "cache kept", "cache"), (480, "sigma", "sigma")):
         body += plot(left, title, [("#868e96", line(key), 0)], (0, last), ticks(max(y for _, y in line(key))))
     return svg(740, 255, body + legend(colors))
@@ -965,7 +950,7 @@ def example(gpt, params, statistics, part, config, task="needle"):
     return dict(task=task, length=len(tokens), text=[part.decode([token]) for token in tokens[:n]], asked=asked,
                 heads=[f"layer {layer}, head {head}" for layer, head in heads],
                 **{name: [fate[layer][name][0, head].tolist() for layer, head in heads] for name in ("lives", "score", "spectrum")},
-                seen=[torch.stack(fate[layer]["seen"])[:, head].tolist() for layer, head in heads])
+                seen=[[block[head].tolist() for block in fate[layer]["seen"]] for layer, head in heads])
 
 
 def questions(shown):
@@ -1096,9 +1081,8 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}                    # den
 def bench_reading(gpt, params, statistics, part, config):
     """Print how fast text is read, against context length: by the rivals, attention fused, and eager, which makes one matrix of a
     block's weights, as usual; by NAMM with nothing evicted, and as it is; and where the time goes."""
-    device, delay, rows = config.device, config.delay, min(4, config.rows)
-    look, piece = lambda layer, cache, received: None, model.PIECE
-    kinds = {"full cache, fused": (None, False), "full cache, eager": (look, True), "eager, in pieces": (look, True),
+    device, delay, rows, piece = config.device, config.delay, min(4, config.rows), model.PIECE
+    kinds = {"full cache, fused": (None, False), "full cache, eager": (None, True), "eager, in pieces": (None, True),
              "NAMM, nothing evicted": (manager(torch.zeros_like(params[None]), statistics, config, capacity=0), True),
              "NAMM": (manager(params[None], statistics, config), True)}
     print(f"{rows} rows, blocks of {delay} tokens, {torch.get_num_threads()} threads, {device}; tokens a second, and most slots a "
@@ -1238,23 +1222,21 @@ def base_model(out, part, sizes, found, config, log):
     gpt = GPT(GPTConfig(**sizes)).to(config.device)
     lengths = sorted(config.length >> k for k in range(config.length.bit_length()) if config.length >> k >= 64)
 
-    class Steps(torch.utils.data.Dataset):
-        """Step -> its batch, words to recall, and seed. The shortest prompts at first, then all lengths but the longest, then
+    def drawn(step):
+        """A step's batch, words to recall, and seed. The shortest prompts at first, then all lengths but the longest, then
         mostly that. The heads are asked to recall once they have found their work."""
-
-        def __getitem__(self, step):
-            rng, done = np.random.default_rng([config.seed, 0, step]), step / config.steps
-            last = np.array([1] * (len(lengths) - 1) + [2 * len(lengths[1:]) or 1])
-            length = int(lengths[0] if done < 0.25 else rng.choice(lengths[:-1] or lengths) if done < 0.5
-                         else rng.choice(lengths, p=last / last.sum()))
-            batch, words = data.training_batch(part, rng, config.batch_tokens // length, length,
-                                               config.recall if done >= 0.25 else 0.0)
-            return batch, words, config.seed * 1_000_003 + step
+        rng, done = np.random.default_rng([config.seed, 0, step]), step / config.steps
+        last = np.array([1] * (len(lengths) - 1) + [2 * len(lengths[1:]) or 1])
+        length = int(lengths[0] if done < 0.25 else rng.choice(lengths[:-1] or lengths) if done < 0.5
+                     else rng.choice(lengths, p=last / last.sum()))
+        recall = config.recall if done >= 0.25 else 0.0
+        batch, words = data.training_batch(part, rng, config.batch_tokens // length, length, recall)
+        return batch, words, config.seed * 1_000_003 + step
 
     # a GPT on a CUDA device learns faster than one process writes prompts
     workers = {"num_workers": 4, "multiprocessing_context": "fork"} if config.device == "cuda" and hasattr(os, "fork") else {}
-    batches = torch.utils.data.DataLoader(Steps(), batch_size=None, sampler=range(state["step"] if state else 0, config.steps),
-                                          **workers)
+    batches = torch.utils.data.DataLoader(range(state["step"] if state else 0, config.steps), batch_size=None,
+                                          collate_fn=drawn, **workers)
     log(f"training a GPT of {sum(p.numel() for p in gpt.parameters()):,} parameters"
         + (f", from step {state['step']}" if state else ""))
     start = time.time()

@@ -1140,6 +1140,15 @@ def test_stages_add_a_task_each(parts, monkeypatch):
     assert cost["candidate prompts read"] == config.popsize * config.prompts * 10
 
 
+def test_fitness_that_is_never_a_number_leaves_the_start(parts, monkeypatch):
+    """As where the full cache scores nothing at all. Catches: a run that ends without a vector, or with one chosen by nothing."""
+    monkeypatch.setattr(evolve, "fitness", lambda gpt, params, *rest: (torch.full((1 if params is None else len(params),), torch.nan), 0.5))
+    gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, head_dim=8, n_hidden=32)).eval()
+    config = evolve.Config(**evolve.PRESETS["smoke"] | dict(device="cpu"))
+    chosen, _, cost = evolve.evolve(gpt, parts[2], config, lambda line: None, None, lambda state: None)
+    assert torch.equal(chosen, torch.zeros(4172)) and cost["passed the full cache at generation"] is None
+
+
 def test_memory_does_not_grow(parts):
     """200 generations of the loop: what the process holds after half of them and at the end. Catches: candidates, caches or
     hooks that something still refers to (four candidates kept a generation would be 13 MB)."""
@@ -1264,6 +1273,8 @@ def test_table_by_hand():
     assert line[4] == "2.20" and line[8] == "1.12 ± 0.18" and line[9].startswith("h2o 0.12") and line[10] == "+0.300 ± 0.015 |"
     namm_line = next(line for line in evolve.table(rows, ("passage", "kv", "copy")).split("\n") if line.startswith("| namm"))
     assert namm_line.split(" | ")[-3].startswith("2.25")                   # mean of 2.5 and 2.0 over seeds
+    with pytest.raises(ValueError, match="different lengths"):             # one run's best is not another's
+        evolve.claims([row for row in rows + far + extra if row["length"] == 256 or row["seed"] == 0], ("kv",))
     everything = next(line for line in evolve.table(rows, list(data.TASKS)).split("\n") if line.startswith("| full"))
     assert everything.split(" | ")[9:11] == ["0.25 ± 0.07", ""]            # there are no other tasks
 
@@ -1294,7 +1305,7 @@ def test_summary_by_hand(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--lr", "nan"], "lr"), (["--sigma", "inf"], "sigma"), (["--threshold", "nan"], "threshold"), (["--rows", "0"], "rows"),
+    (["--lr", "nan"], "lr"), (["--rope_theta", "0"], "rope_theta"), (["--rope_scale", "-1"], "rope_scale"), (["--sigma", "inf"], "sigma"), (["--threshold", "nan"], "threshold"), (["--rows", "0"], "rows"),
     (["--eval", "{dir}/missing"], "holds no run"), (["--show", "{dir}/missing"], "holds no run"), (["--show", "{dir}/begun"], "not finished"),
     (["--resume", "{dir}/older"], "another version"),
     (["--base", "{dir}/foreign"], "of another version"), (["--base", "{dir}/damaged"], "damaged"),
