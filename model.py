@@ -179,24 +179,22 @@ class Attention(nn.Module):
             self.q_taps = nn.Parameter(torch.eye(4)[apart].repeat(self.n_kv_head, 1))        # (H,4)
         self.smear = config.smear
 
-    def forward(self, x, table, cache=None, weights=False):
+    def forward(self, x, table, cache, weights=False):
         """x (B,T,C), table: the turns of all positions. Appends to the cache; returns (B,T,C) and attend's weights."""
         B, T, _ = x.shape
         K, g, D = self.n_kv_head, self.n_head // self.n_kv_head, self.D
         v = self.wv(x).view(B, T, K, D).transpose(1, 2)                    # (B,K,T,D)
         if self.smear:                                                     # x of the three tokens before these, first
-            x = F.pad(x, (0, 0, 3, 0)) if cache is None else cache.with_last(x, 3)
+            x = cache.with_last(x, 3)
         q = self.wq(x).view(B, -1, K, g, D).permute(0, 2, 3, 1, 4)         # (B,K,g,T,D), or (B,K,g,3+T,D)
         k = self.wk(x).view(B, -1, K, D).transpose(1, 2)                   # (B,K,T,D), or (B,K,3+T,D)
         if self.smear:
             q_taps, k_taps = self.q_taps.to(q.dtype), self.k_taps.to(k.dtype)              # autocast skips elementwise products
             q = sum(q_taps[:, j].view(K, g, 1, 1) * q[..., 3 - j:3 - j + T, :] for j in range(4))
             k = sum(k_taps[:, j].view(K, 1, 1) * k[..., 3 - j:3 - j + T, :] for j in range(4))
-        alive, at = None, torch.arange(T, device=x.device)
-        if cache is not None:
-            cache.append(k, v)
-            k, v, alive = cache.keys, cache.values, cache.alive if cache.ragged else None
-            at = torch.arange(k.shape[2], device=x.device) if cache.renumber else cache.positions
+        cache.append(k, v)
+        k, v, alive = cache.keys, cache.values, cache.alive if cache.ragged else None
+        at = torch.arange(k.shape[2], device=x.device) if cache.renumber else cache.positions
         q_at = at[..., -T:] if at.dim() == 1 else at[:, :, None, -T:]      # the T newest slots are the queries
         k, q = rotate(k, table[at]), rotate(q, table[q_at])
         out, received = attend(q, k, v, alive, weights)
@@ -273,13 +271,12 @@ class GPT(nn.Module):
         """tokens (B,T) -> (B,T,C), what the output layer reads. With a cache the tokens follow those it has seen. Right
         after each layer's attention, manage(layer, its KVCache, received) may evict; `received` (B,K,T,S) is the
         attention that each slot got, or None unless `weights`."""
-        x = self.tok_embeddings(tokens)
-        table = self.rotary_table(tokens.shape[1] + (cache[0].seen if cache else 0))
+        cache = cache or self.new_cache(len(tokens), renumber=True)
+        x, table = self.tok_embeddings(tokens), self.rotary_table(tokens.shape[1] + cache[0].seen)
         for i, layer in enumerate(self.layers):
-            own = cache[i] if cache else None
-            out, received = layer.attention(layer.attention_norm(x), table, own, weights)
+            out, received = layer.attention(layer.attention_norm(x), table, cache[i], weights)
             if manage:
-                manage(i, own, received)
+                manage(i, cache[i], received)
             x = x + out
             x = x + layer.feed_forward(layer.ffn_norm(x))
         return self.norm(x)
