@@ -179,10 +179,10 @@ def check(c):
     for f in dataclasses.fields(c):
         if f.metadata["choices"] and getattr(c, f.name) not in f.metadata["choices"]:
             raise ValueError(f"--{f.name} is one of {', '.join(f.metadata['choices'])}")
-    shortest = c.length * min(c.evolve_at)
+    shortest, evolved = c.length * min(c.evolve_at), c.evolve_on.split(",")
     for holds, message in [
         (c.device == "cpu" or torch.cuda.is_available(), "--device cuda: this PyTorch finds no CUDA device"),
-        (set(evolved := c.evolve_on.split(",")) <= set(data.TASKS) and len(set(evolved)) == len(evolved),
+        (set(evolved) <= set(data.TASKS) and len(set(evolved)) == len(evolved),
          f"--evolve_on: one or more of {', '.join(data.TASKS)}, each once"),
         (1 <= c.stages <= len(evolved), f"--stages is 1 to the number of tasks to evolve on, here {len(evolved)}"),
         (c.head_dim % 2 == 0 and c.head_dim > 2, "--head_dim must be even, and 4 or more"),
@@ -287,7 +287,7 @@ class CMAES:
             self.C = decay * self.C + gain @ rows.square()                                          # (47)
             self.D = self.C.sqrt()
             return
-        self.C = torch.addmm(self.C, (gain[:, None] * rows).T, rows, beta=decay)                    # (47)
+        self.C.addmm_((gain[:, None] * rows).T, rows, beta=decay)          # (47), in place: a third of the time
         if self.generation % self.lazy_gap == 0:
             self.C = (self.C + self.C.T) / 2
             variance, self.B = torch.linalg.eigh(self.C)
@@ -299,7 +299,7 @@ class CMAES:
 
     def load_state_dict(self, state):
         """Go on from state_dict() of a CMAES made with the same arguments."""
-        vars(self).update(state)
+        vars(self).update({name: value.clone() if torch.is_tensor(value) else value for name, value in state.items()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -484,10 +484,9 @@ def evolve(gpt, parts, config, log, state, keep):
             f"{(es.D.max() / es.D.min()).item():11.2f} | {time.time() - began:7.1f} {left:4.0f}s")
         state["history"].append(point)
         keep(state | {"next": g + 1, "es": es.state_dict(), "seconds": time.time() - start})
-    passed = [point["generation"] for point in state["history"] if point.get("mean", -math.inf) > full.item()]
+    passed = (point["generation"] for point in state["history"] if point.get("mean", -math.inf) > full.item())
     cost = {"generations": config.generations, "fitness of the full cache": full.item(),
-            "passed the full cache at generation": passed[0] if passed else None,
-            "seconds": time.time() - start,
+            "passed the full cache at generation": next(passed, None), "seconds": time.time() - start,
             "candidate prompts read": config.popsize * config.prompts * sum(len(tasks_at(g + 1)) for g in range(config.generations))}
     log(f"evolution: {json.dumps(cost)}")
     return state["chosen"], statistics, cost | {"history": state["history"]}
@@ -736,11 +735,16 @@ def ratio(a, b):
     return [x / y for x, y in zip(a, b) if y] or [math.nan]
 
 
+def unseen(evolved):
+    """The tasks that a NAMM evolved on some has not met."""
+    return [task for task in data.TASKS if task not in evolved]
+
+
 def table(rows, evolved):
     """The rows as Markdown, one table for each length; rows of several seeds become their mean, with the standard deviation
     of the seeds. evolved: the tasks NAMM was evolved on. Relative: ratio of the means over all tasks. Ahead: how much NAMM's
     mean over all tasks is above the method's, with a 95 % interval over prompts."""
-    over, text, others = means(rows), [], [task for task in data.TASKS if task not in evolved]
+    over, text, others = means(rows), [], unseen(evolved)
     for n in sorted({row["length"] for row in rows}):
         text += [f"\n{n} tokens\n",
                  f"| method | {' | '.join(data.TASKS)} | evolved on | other tasks | all | relative | cache | NAMM ahead |",
@@ -768,11 +772,11 @@ def claims(rows, evolved):
     for n in lengths:
         rules = {row["method"] for row in rows if row["length"] == n} & set(namm.BASELINES)
         best = max(sorted(rules), key=lambda method: over(method, n).mean())
-        share = lambda tasks: spread(ratio(over("namm", n, tasks), over("full", lengths[0], tasks))) if tasks else ""
+        of_best = [spread(ratio(over("namm", n, tasks), over("full", lengths[0], tasks))) if tasks else ""
+                   for tasks in (evolved, unseen(evolved), list(data.TASKS))]
         text.append(f"| {n} | {spread(over('full', n))} | {spread(over('ntk', n))} | {spread(over('namm', n))} | "
-                    f"{ratio([over('namm', n).mean()], [over('full', n).mean()])[0]:.2f} | "
-                    f"{over('namm', n, key='cache').mean():.3f} | "
-                    f"{share(evolved)} | {share([task for task in data.TASKS if task not in evolved])} | {share(list(data.TASKS))} | {best} {spread(over(best, n))} | "
+                    f"{spread(ratio([over('namm', n).mean()], [over('full', n).mean()]))} | "
+                    f"{over('namm', n, key='cache').mean():.3f} | {' | '.join(of_best)} | {best} {spread(over(best, n))} | "
                     + "{:+.3f} ± {:.3f} |".format(*lead([row for row in rows if (row["method"], row["length"]) == (best, n)])))
     return "\n".join(text) + "\n"
 
@@ -906,13 +910,14 @@ def summary(paths):
         for row in run["report"]:                                          # one seed on two machines is two runs: sums differ
             row["seed"] = number
     rows = lambda name: [row for run in groups[""] for row in run.get(name, [])]             # none of some, with --methods
+    evolved = first["evolve_on"].split(",")
     over, tokens = means(rows("report")), lambda row: f"{row['length']} tokens"
     head = lambda row: f"layer {row['layer']}, head {row['head']}"
     spectra = [dict(method=head(row), bin=f"{f}", ratio=kept / (dropped or math.nan))
                for row in rows("anatomy") if row["kind"] == "all"
                for f, (kept, dropped) in enumerate(zip(row["spectrum_kept"], row["spectrum_dropped"]))]
     print("\n".join([
-        claims(rows("report"), evolved := first["evolve_on"].split(",")),
+        claims(rows("report"), evolved),
         *grid("Score, mean over all tasks", rows("report"), tokens, lambda row: row["score"], 3), table(rows("report"), evolved),
         *grid("Bits per token of streamed text", rows("stream"), lambda row: f"{row['from']}-{row['to']}", lambda row: row["bits"]),
         *grid("Six tokens quoted from anywhere: score of the two after them", rows("lost"), tokens, lambda row: row["score"]),

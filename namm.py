@@ -113,7 +113,7 @@ def features(average, age, mean, std):
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Features -> scores: backward attention memory (section 3.2)
 
-SEES = ("all", "closed", "spectrum", "age", "values", "moments")          # what the scorer is given; closed: the paper, full frames only
+SEES = ("all", "closed", "spectrum", "age", "values", "moments")          # what the scorer is given; closed: as the paper
 BLIND = {"spectrum": slice(0, N_AGE), "age": slice(N_AGE, N_IN)}          # which of the 25 it is then given as zero
 
 
