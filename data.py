@@ -281,8 +281,8 @@ def passage(part, rng, n, room):
 
 def count(part, rng, n, room):
     """Votes scattered in real text, one word with most of them: RULER's common words.
-    Context: `... vote header ... vote optional ... vote header ...` question: `most vote` answer: ` header`."""
-    vote, end = part.encode("vote"), part.encode("\n")
+    Context: `... one vote header ... one vote optional ... one vote header ...` question: `most vote` answer: ` header`."""
+    vote, end = part.encode("one vote"), part.encode("\n")
     line = len(vote) + 2
     winner, *others = part.answers(rng, 1 + facts(n - line, 2 * line, 4))
     cast = rng.permutation([winner] * (len(others) + 1) + others)
@@ -291,14 +291,15 @@ def count(part, rng, n, room):
 
 
 def trace(part, rng, n, room):
-    """Variables set to words, then others set to those variables; the value of any, one hop away or two: RULER's variable
-    tracking. Context: `... let header = optional ... let linear = header ...` question: `value linear =` answer: ` optional`."""
+    """Variables set to words, then others set to those variables; the value of one of each two, one hop away or two: RULER's
+    variable tracking. Context: `... let header = optional ... let linear = header ...` question: `value linear =` answer:
+    ` optional`. To ask for both would give the second answer away: the first would stand in the prompt."""
     let, equals, end = part.encode("let"), part.encode(" ="), part.encode("\n")
     total = facts(n, 2 * (len(let) + len(equals) + 3), 4)
     words, values = part.pick(rng, 2 * total), part.answers(rng, total)
     first, second = words[:total], words[total:]
     lines = [let + [a] + equals + [b] + end for a, b in list(zip(first, values)) + list(zip(second, first))]
-    asks = [(part.encode("\nvalue") + [words[i]] + equals, [values[i % total]]) for i in rng.permutation(2 * total)]
+    asks = [(part.encode("\nvalue") + [rng.choice([first[i], second[i]])] + equals, [values[i]]) for i in rng.permutation(total)]
     return weave(part, rng, lines, n), asks
 
 

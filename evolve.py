@@ -936,8 +936,9 @@ def summary(paths):
 
 
 def example(gpt, params, statistics, part, config, task="needle"):
-    """One prompt for people, of 1024 tokens, or the training length if more, no longer than evolution saw: {task, length, text [n], asked [{question, answer, full,
-    namm}], heads [name], and for each head what `watch` gives: lives [n], score [n], spectrum [n][F], seen [blocks][n][F]}."""
+    """One prompt for people, of 1024 tokens, or the training length if more, no longer than evolution saw: {task, length,
+    text [n], asked [{question, answer, full, namm}], heads [name], and for each head what `watch` gives: lives [n], score [n],
+    spectrum [n][F], seen [blocks][n][F]}."""
     length = min(config.length * max(config.evolve_at), max(config.length, 1024))
     batch = prompts(part, task, 1, np.random.default_rng([config.seed, 10]), length, config.device)
     tokens, answer, n = batch.tokens[0].tolist(), batch.answer[0], batch.context
@@ -1172,10 +1173,12 @@ def prepare(config, action):
     sources = sources or [out]                                             # where GPT and tokeniser are
     made, path = out / "config.json", next((f / "gpt.pt" for f in sources if (f / "gpt.pt").exists()), sources[-1] / "gpt.pt")
     if made.exists():
-        old = settings_of(out)
-        differs = ", ".join(f"{name} {value}" for name, value in vars(config).items() if name not in FREE and old.get(name) != value)
+        old, finished = settings_of(out), (out / "results.json").exists() and not (out / "report.pt").exists()
+        free = ("out", "device", "rows") if finished else FREE             # a finished report is not overwritten by another
+        differs = ", ".join(f"{name} {value}" for name, value in vars(config).items() if name not in free and old.get(name) != value)
         if differs and action == "run":
-            raise ValueError(f"{out} holds a run with other settings than {differs}; give another --out, or delete it")
+            raise ValueError(f"{out} holds a {'finished ' * finished}run with other settings than {differs}; give another --out, or "
+                             f"delete it{finished * '; --eval reports on it again'}")
     elif (out / "gpt.pt").exists():
         raise ValueError(f"{out} holds a gpt.pt but no config.json: it is not a run of this version; give another --out")
     if (config.base or config.eval) and not path.exists():
@@ -1192,7 +1195,8 @@ def prepare(config, action):
         own_sizes = found["gpt"]["config"]
         for name in SIZES:                                                 # the tokeniser decides vocab_size
             if name != "vocab_size" and own_sizes.get(name) != getattr(config, name):
-                raise ValueError(f"--{name} {getattr(config, name)}: the GPT of {path.parent} has {own_sizes.get(name)}; leave the option out")
+                raise ValueError(f"--{name} {getattr(config, name)}: the GPT of {path.parent} has {own_sizes.get(name)}; leave the "
+                                 "option out")
         own_sizes["rope_scale"] = config.rope_scale                        # may be another than in training
     if (config.eval or action in data.TASKS) and not found["namm"]:
         raise ValueError(f"{own}: the run is not finished (no namm.pt); python evolve.py --resume {own} goes on")

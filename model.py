@@ -347,8 +347,10 @@ def losses(gpt, batch, recall, draw):
     recalled = F.cross_entropy(gpt.output(gpt.norm(named)), recall[recall >= 0], reduction="none")
 
     answer, target = batch.answer[:, 1:] > 0, batch.tokens[:, 1:]          # (N,L-1) each
-    # the vocabulary is the most expensive part of so small a GPT: of the text, a quarter of the places is enough
-    text, right = ~answer & (draw(answer.shape[1]) < 0.25), gpt.output(hidden[answer])    # (N,L-1), (M,V)
+    # the vocabulary is the most expensive part of so small a GPT: of the text, a quarter of the places is enough; of the line
+    # ends after the last answer, none
+    text = ~answer & (answer.flip(1).cumsum(1).flip(1) > 0) & (draw(answer.shape[1]) < 0.25)        # (N,L-1)
+    right = gpt.output(hidden[answer])                                     # (M,V)
     answers = F.cross_entropy(right, target[answer], reduction="none")
     return (mean(answers, answer), mean(F.cross_entropy(gpt.output(hidden[text]), target[text], reduction="none"), text),
             mean(recalled, recall >= 0), mean(right.argmax(-1) == target[answer], answer))

@@ -675,7 +675,7 @@ def test_every_byte_string_round_trips(parts):
 @pytest.mark.parametrize("task", data.TASKS)
 def test_prompts_can_be_answered_and_answers_come_after_the_context(parts, task, length):
     """Catches: an answer that the context does not hold, a question before the last eviction, prompts that differ when
-    drawn again, a context of the wrong length."""
+    drawn again, a context of the wrong length, an answer that an earlier question of the prompt gives away."""
     _, encoding, made = parts
     batch = data.batch(made["report"], [task] * 4, np.random.default_rng(5), length)
     again = data.batch(made["report"], [task] * 4, np.random.default_rng(5), length)
@@ -686,8 +686,9 @@ def test_prompts_can_be_answered_and_answers_come_after_the_context(parts, task,
         for which in range(1, int(answer.max()) + 1 if task != "lm" else 1):
             reply = encoding.decode(tokens[answer == which].tolist())
             first = int((answer == which).nonzero()[0])
+            assert task in ("lm", "copy") or tokens[first] not in tokens[batch.context:first]
             if task == "count":
-                votes = [line.split()[1] for line in context.split("\n") if line.startswith("vote ") and len(line.split()) == 2]
+                votes = [line.split()[2] for line in context.split("\n") if line.startswith("one vote ") and len(line.split()) == 3]
                 assert max(set(votes), key=votes.count) == reply.strip()
             elif task == "trace":
                 name = encoding.decode([int(tokens[first - 2])])
@@ -1045,6 +1046,8 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(smoke):
     assert untimed(again) == untimed(results)
     other = run(*settings, "--steps", 3)
     assert other.returncode == 2 and "steps 3" in other.stderr and len(other.stderr.splitlines()) == 1
+    with pytest.raises(ValueError, match="finished run .* methods namm,full;.* --eval"):         # which would overwrite its report
+        evolve.prepare(*evolve.parse([*map(str, settings), "--methods", "namm,full"]))
 
 
 def test_a_base_brings_its_sizes_and_no_more(smoke, corpus):
