@@ -84,15 +84,14 @@ def learn_bpe(text, vocab_size):
     """Byte-pair ranks, {bytes: rank}: the 256 bytes, the ten " digit" pairs (so that a number is one token a digit),
     then the most frequent pair of neighbours again and again. Pair counts are kept up to date instead of recounted."""
     words = collections.Counter(re.findall(PATTERN, text))
-    pieces = [[bytes([byte]) for byte in word.encode()] for word in words]
-    counts = list(words.values())
+    pieces, counts = [[bytes([byte]) for byte in word.encode()] for word in words], list(words.values())
     pairs, where = collections.Counter(), collections.defaultdict(set)     # pair -> count, pair -> words that hold it
     for i, piece in enumerate(pieces):
         for pair in zip(piece, piece[1:]):
             pairs[pair] += counts[i]
             where[pair].add(i)
     ranks = {bytes([byte]): byte for byte in range(256)} | {b" %d" % digit: 256 + digit for digit in range(10)}
-    while len(ranks) < vocab_size and pairs:
+    while len(ranks) < vocab_size and any(pairs.values()):
         best = max(pairs, key=pairs.get)
         merged = best[0] + best[1]
         ranks.setdefault(merged, len(ranks))
@@ -156,7 +155,7 @@ class Part:
         """n consecutive tokens from anywhere, not all of them white space, (n,)."""
         while True:
             start = rng.integers(len(self.tokens) - n + 1)
-            if not self.blank[self.tokens[start:start + n]].all():
+            if n == 0 or not self.blank[self.tokens[start:start + n]].all():
                 return self.tokens[start:start + n]
 
     def pick(self, rng, count):
@@ -173,7 +172,7 @@ def make_parts(texts, encoding, longest, learned_from=None):
     dealt by those, so that its answers are words that it has learned to answer with.
 
     Words are the tokens that read " word"; the 64 most frequent are left out, since a key should be rare. They are dealt
-    to the parts, and some to all as answers. The keys to train on are all other tokens, whatever they read: a small GPT
+    to the parts, and some to all as answers. The keys to train on are all other tokens but numbers and white space: a small GPT
     that sees few different keys learns those keys, and not how to look one up. Raises ValueError when a part is too
     short for prompts of `longest` tokens, or when there are too few words.
     """
@@ -185,22 +184,19 @@ def make_parts(texts, encoding, longest, learned_from=None):
             raise ValueError(f"the corpus is too short: its part to {name} has {len(stream)} tokens, and prompts of "
                              f"{longest} tokens need {2 * longest}; give more text, or shorter prompts")
     learned = streams["train"] if learned_from is None else stream_of(learned_from)
-    frequency = np.bincount(learned, minlength=encoding.n_vocab)
-    spelled = {token: encoding.decode_single_token_bytes(token) for token in np.flatnonzero(frequency)}
-    words = sorted((t for t, b in spelled.items() if re.fullmatch(rb" [A-Za-z]{3,}", b)), key=lambda t: -frequency[t])
+    frequency, met = np.bincount(learned, minlength=encoding.n_vocab), set(np.concatenate([learned, *streams.values()]).tolist())
+    spelled = [encoding.decode_single_token_bytes(t) if t in met else b"" for t in range(encoding.n_vocab)]
+    words = [t for t in np.argsort(-frequency, kind="stable") if frequency[t] and re.fullmatch(rb" [A-Za-z]{3,}", spelled[t])]
     words = np.random.default_rng(0).permutation(words[64:2064])           # shuffled, then dealt to the parts
     words = np.split(words, (np.cumsum(list(WORDS.values())) * len(words)).astype(int))
     if min(map(len, words)) < 16:
-        raise ValueError(f"only {sum(map(len, words))} tokens of the vocabulary are words of the letters a to z; use a larger "
-                         "--vocab_size, or text with more such words")
-    words = dict(zip(WORDS, words))
-    dealt = set(np.concatenate([words[name] for name in WORDS]))
-    words["train"] = np.array([t for t, b in spelled.items() if t not in dealt and b.strip(b" \n0123456789")])
-    new = set(np.concatenate(list(streams.values())).tolist()) - set(spelled)                  # that were not learned from
-    spelled |= {token: encoding.decode_single_token_bytes(token) for token in new}
-    ends_line = np.array([spelled.get(token, b"").endswith(b"\n") for token in range(encoding.n_vocab)])
-    blank = np.array([not spelled.get(token, b"").strip() for token in range(encoding.n_vocab)])
-    looks_back = np.array([not re.search(rb"[A-Za-z]{3}", spelled.get(token, b"")) for token in range(encoding.n_vocab)])
+        raise ValueError(f"only {sum(map(len, words))} tokens of the vocabulary, beyond the 64 most frequent, are words of the "
+                         "letters a to z; use a larger --vocab_size, or text with more such words")
+    words, dealt = dict(zip(WORDS, words)), set(np.concatenate(words[:len(WORDS)]))
+    words["train"] = np.array([t for t in np.flatnonzero(frequency) if t not in dealt and spelled[t].strip(b" \n0123456789")])
+    ends_line = np.array([b.endswith(b"\n") for b in spelled])
+    blank = np.array([not b.strip() for b in spelled])
+    looks_back = np.array([not re.search(rb"[A-Za-z]{3}", b) for b in spelled])
     return {name: Part(stream, words[name], words["values"], ends_line, blank, looks_back, encoding.encode_ordinary,
                        encoding.decode) for name, stream in streams.items()}
 
@@ -286,8 +282,7 @@ def count(part, rng, n, room):
     line = len(vote) + 2
     winner, *others = part.answers(rng, 1 + facts(n - line, 2 * line, 4))
     cast = rng.permutation([winner] * (len(others) + 1) + others)
-    context = weave(part, rng, [vote + [word] + end for word in cast], n)
-    return context, [(part.encode("\nmost vote"), [winner])]
+    return weave(part, rng, [vote + [word] + end for word in cast], n), [(part.encode("\nmost vote"), [winner])]
 
 
 def trace(part, rng, n, room):
@@ -348,22 +343,21 @@ def batch(part, tasks, rng, length):
     """One prompt for each of `tasks`, a name in TASKS or a function like them, as a Batch. Questions are asked one after
     the other while they fit."""
     n, pad = length - room(length), part.encode("\n")[0]
-    tokens = np.full((len(tasks), length), pad, dtype=np.int64)
-    answer = np.zeros((len(tasks), length), dtype=np.int64)
+    tokens, answer = (np.full((len(tasks), length), fill, dtype=np.int64) for fill in (pad, 0))
     for i, task in enumerate(tasks):
         tokens[i, :n], questions = TASKS.get(task, task)(part, rng, n, room(length))
-        at = n
-        for j, (question, reply) in enumerate(questions):
-            if at + len(question) + len(reply) > length:
+        end = n
+        for which, (question, reply) in enumerate(questions, 1):
+            start, end = end, end + len(question) + len(reply)
+            if end > length:
                 break
-            tokens[i, at:at + len(question) + len(reply)] = np.concatenate([question, reply])
-            answer[i, at + len(question):at + len(question) + len(reply)] = j + 1
-            at += len(question) + len(reply)
+            tokens[i, start:end] = np.concatenate([question, reply])
+            answer[i, end - len(reply):end] = which
     return Batch(torch.from_numpy(tokens), torch.from_numpy(answer), n, list(tasks))
 
 
 def depth(batch):
-    """Where in the context the needle of each prompt is, in fifths, (N,) long."""
+    """Where in the context the needle of each prompt is, in fifths, (N,), 0 to 4."""
     found = []
     for tokens, answer in zip(batch.tokens, batch.answer):
         at = int(answer.nonzero()[0])

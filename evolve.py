@@ -70,7 +70,7 @@ class Config:
     steps: int = setting(1500, "training steps")
     batch_tokens: int = setting(4096, "tokens in a training step")
     lr: float = setting(4e-3, "peak learning rate")
-    recall: float = setting(0.25, "share of the places (but for long words) where training asks a head for a word to remember")
+    recall: float = setting(0.25, "in training, share of the places (but for long words) where a head must name a word to remember")
     # the cache
     delay: int = setting(32, "tokens between two evictions, a multiple of 16")
     capacity: int = setting(64, "most slots that NAMM keeps in a head, in the mean over heads and layers; 0 for any number")
@@ -86,7 +86,7 @@ class Config:
     generations: int = setting(15, "generations")
     stages: int = setting(1, "1: all tasks from the start; more: one more task in each of so many equal stages")
     popsize: int = setting(16, "candidates in a generation")
-    sigma: float = setting(0.6, "first step size, in units of one over the root of a weight's inputs")
+    sigma: float = setting(0.6, "first step size; a weight's is this over the root of the number of its inputs")
     covariance: str = setting("diagonal", "what is adapted of it", ("diagonal", "full"))
     prompts: int = setting(4, "fresh prompts for each task in a generation, the same for all candidates")
     evolve_at: tuple = setting((1, 2, 4), "lengths to evolve at, in training lengths, drawn for each task and generation")
@@ -97,7 +97,7 @@ class Config:
     far_prompts: int = setting(4, "the same beyond 4 times the training length")
     report_at: tuple = setting((1, 4, 8, 16), "lengths to report at, in training lengths")
     methods: str = setting("", "methods to report on, such as namm,full, and no more than that; if not given, all")
-    rows: int = setting(32, "rows (candidates x prompts) read at once: few, since all are padded to the largest cache")
+    rows: int = setting(32, "rows (candidates x prompts) read at once; all are padded to the largest cache")
 
 
 PRESETS = {
@@ -109,8 +109,6 @@ PRESETS = {
                 steps=400, batch_tokens=65_536, lr=2e-3, delay=64, capacity=128, popsize=32, choose_prompts=16,
                 report_prompts=32, far_prompts=16, rows=512),
 }
-
-
 FREE = ("out", "device", "methods", "report_prompts", "far_prompts", "report_at", "rows")   # may change when a run goes on
 SIZES = [f.name for f in dataclasses.fields(GPTConfig) if hasattr(Config, f.name) and f.name != "rope_scale"]   # what a GPT fixes
 
@@ -147,7 +145,7 @@ def parse(argv=None):
         shown = ",".join(map(str, f.default)) if f.type is tuple else f.default
         choices = f.metadata["choices"]
         parser.add_argument("--" + f.name, type=numbers if f.type is tuple else f.type, metavar="|".join(choices or ["VALUE"]),
-                            help=f"{f.metadata['help']} [{shown}]")
+                            help=f.metadata["help"] + f" [{shown}]" * (shown != ""))
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
     parser.add_argument("--show", metavar="RUN", help="print a prompt, the answers, and what a finished run keeps of it")
     parser.add_argument("--task", choices=data.TASKS, default="needle", help="of the prompt to show")
@@ -159,8 +157,9 @@ def parse(argv=None):
         out = pathlib.Path(folder) / ("" if show or resume else "eval")
         given = settings_of(folder) | {"out": str(out)} | given
     if given.get("base"):
-        own = settings_of(given["base"])                                   # to measure its speed: all that it was made with
-        taken = set(own) - {"out", "base", "eval", "device"} if action == "bench" else {*SIZES, "tokenizer", "corpus", "length"}
+        own, taken = settings_of(given["base"]), {*SIZES, "rope_scale", "tokenizer", "corpus", "length"}
+        if action == "bench":                                              # to measure its speed: all that it was made with
+            taken = set(own) - {"out", "base", "eval", "device"}
         given = {name: value for name, value in own.items() if name in taken} | given
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = given.pop("preset", "gpu" if device == "cuda" else "cpu")
@@ -171,14 +170,13 @@ def parse(argv=None):
 
 def check(c):
     """Raise ValueError for settings that cannot be."""
-    for name in ("n_layer n_head n_kv_head n_embd head_dim n_hidden rope_theta rope_scale length steps batch_tokens lr "
-                 "delay generations sigma prompts validate choose_prompts report_prompts far_prompts rows evolve_at report_at").split():
-        value = getattr(c, name)
-        if not all(0 < x < math.inf for x in (value if isinstance(value, tuple) else (value,))):         # nor NaN
-            raise ValueError(f"--{name} must be above 0")
     for f in dataclasses.fields(c):
-        if f.metadata["choices"] and getattr(c, f.name) not in f.metadata["choices"]:
-            raise ValueError(f"--{f.name} is one of {', '.join(f.metadata['choices'])}")
+        value, choices = getattr(c, f.name), f.metadata["choices"]
+        if choices and value not in choices:
+            raise ValueError(f"--{f.name} is one of {', '.join(choices)}")
+        if f.type is not str and f.name not in ("seed", "recall", "capacity", "threshold") and not all(
+                0 < x < math.inf for x in (value if f.type is tuple else (value,))):                     # nor NaN
+            raise ValueError(f"--{f.name} must be above 0")
     shortest, evolved = c.length * min(c.evolve_at), c.evolve_on.split(",")
     for holds, message in [
         (c.device == "cpu" or torch.cuda.is_available(), "--device cuda: this PyTorch finds no CUDA device"),
@@ -196,6 +194,7 @@ def check(c):
         (not c.methods or {"namm", "full"} <= set(c.methods.split(",")) <= set(METHODS),
          f"--methods: namm and full, and any of {', '.join(METHODS[2:])}"),
         (0 <= c.recall < 1, "--recall must be 0 or more, and below 1"),
+        (0 <= c.seed < 2 ** 32, "--seed must be 0 or more, and below 2 ** 32"),
         (c.capacity >= 0, "--capacity must be 0 or more"),
         (not math.isnan(c.threshold), "--threshold must be a number"),
         (c.vocab_size > 266, "--vocab_size must be above 266: 256 bytes, ten digits, and what is learned"),
@@ -273,13 +272,13 @@ class CMAES:
         norm = self.p_sigma.norm().item()
         self.sigma *= math.exp(self.c_sigma / self.d_sigma * (norm / self.chi_n - 1))               # (44)
         # covariance: one rank from the path of the mean, the others from this generation
-        h_sigma = float(norm / math.sqrt(1 - (1 - self.c_sigma) ** (2 * (self.generation + 1)))     # 0: it has outrun C
+        h_sigma = float(norm / math.sqrt(1 - (1 - self.c_sigma) ** (2 * (self.generation + 1)))     # 0 while the path is long
                         < (1.4 + 2 / (n + 1)) * self.chi_n)
         self.p_c = ((1 - self.c_c) * self.p_c
                     + h_sigma * math.sqrt(self.c_c * (2 - self.c_c) * self.mu_eff) * y_w)           # (45)
         w = torch.where(w >= 0, w, w * n / z.square().sum(1))                                       # (46)
-        lost = self.c_1 * (1 - h_sigma) * self.c_c * (2 - self.c_c)
-        decay = 1 + lost - self.c_1 - self.c_mu * self.weights.sum().item()
+        delta = (1 - h_sigma) * self.c_c * (2 - self.c_c)
+        decay = 1 + self.c_1 * delta - self.c_1 - self.c_mu * self.weights.sum().item()
         rows = torch.cat([self.p_c[None], y])                                                       # (1 + popsize, n)
         gain = torch.cat([torch.tensor([self.c_1], dtype=torch.float64), self.c_mu * w])            # (1 + popsize,)
         self.generation += 1
@@ -396,13 +395,6 @@ def feature_statistics(gpt, part, config):
     return namm.mean_std(totals)
 
 
-def yardstick(gpt, part, config):
-    """{task: mean likelihood of an answer's token, full cache, training length}: what the GPT can do at its best."""
-    rng = np.random.default_rng([config.seed, 5])
-    return {task: evaluate(gpt, prompts(part, task, 16, rng, config.length, config.device), config)[1].mean().item()
-            for task in config.evolve_on.split(",")}
-
-
 def fitness(gpt, params, statistics, best, part, tasks, lengths, count, rng, config):
     """(P,) fitness of params (P,n), or (1,) of the full cache for params None, and the share of the cache kept, mean over
     all. For each task at each of its lengths, on the same `count` prompts for all candidates: mean likelihood of the
@@ -411,7 +403,7 @@ def fitness(gpt, params, statistics, best, part, tasks, lengths, count, rng, con
 
     lengths(rng) draws, for one task, the lengths of its prompts in training lengths. Groups of candidates are dealt to the
     processes of the run in turn; each process gets all the results."""
-    P, (rank, size), parts = 1 if params is None else len(params), world(), 0
+    P, (rank, size), done = 1 if params is None else len(params), world(), 0
     total = torch.zeros(2, P, device=config.device)                        # fitness, cache kept
     if size > 1:                                                           # where memory ran out in one, all read fewer rows
         torch.distributed.all_reduce(rows := torch.tensor(config.rows, device=config.device), torch.distributed.ReduceOp.MIN)
@@ -420,13 +412,13 @@ def fitness(gpt, params, statistics, best, part, tasks, lengths, count, rng, con
     for task in tasks:
         for times in lengths(rng):
             batch = prompts(part, task, count, rng, config.length * int(times), config.device)
-            for group in groups[(rank + parts) % size::size]:
+            for group in groups[(rank + done) % size::size]:
                 manage = None if params is None else manager(params[group], statistics, config)
                 _, likelihood, _, cache = evaluate(gpt, batch, config, manage, manage is not None, len(group))
                 got = torch.stack([likelihood / best[task], cache.float()])                  # (2,B)
                 total.index_add_(1, group, got.view(2, -1, count).mean(2))
-            parts += 1
-    total = summed(total).cpu() / parts
+            done += 1
+    total = summed(total).cpu() / done
     return total[0], total[1].mean().item()
 
 
@@ -439,23 +431,20 @@ def evolve(gpt, parts, config, log, state, keep):
     the one with the best fitness on the prompts to choose by, which are always the same and never evolved on. Generation 0, all
     zeros, drops nothing of its own accord."""
     evolved, part = config.evolve_on.split(","), parts["evolve"]
-    statistics, best = feature_statistics(gpt, part, config), yardstick(gpt, part, config)
+    statistics, rng = feature_statistics(gpt, part, config), np.random.default_rng([config.seed, 5])
+    best = {task: evaluate(gpt, prompts(part, task, 16, rng, config.length, config.device), config)[1].mean().item()
+            for task in evolved}                                           # what the GPT can do: full cache, training length
     first = len(evolved) - config.stages + 1                               # how many tasks the first stage has
     tasks_at = lambda g: evolved[:first + config.stages * max(0, g - 1) // config.generations]
     scale = namm.scale(config.scorer)                                      # one step size fits all weights
     es = CMAES(torch.zeros(len(scale)), config.sigma, config.popsize, config.seed, config.covariance == "diagonal")
-    any_length, every_length = lambda rng: [rng.choice(config.evolve_at)], lambda rng: config.evolve_at
-
-    def validate(params):
-        """Fitness (P,) and cache kept, on the prompts to choose by, which are the same each time."""
-        return fitness(gpt, params, statistics, best, parts["choose"], evolved, every_length, config.choose_prompts,
-                       np.random.default_rng([config.seed, 3]), config)
-
+    validate = lambda params: fitness(                                     # on prompts that are the same each time
+        gpt, params, statistics, best, parts["choose"], evolved, lambda rng: config.evolve_at, config.choose_prompts,
+        np.random.default_rng([config.seed, 3]), config)
     [full], _ = validate(None)
-    state = state or dict(next=0, average=es.mean, highest=-math.inf, seconds=0.0, history=[],
+    state = state or dict(next=0, es=es.state_dict(), average=es.mean, highest=-math.inf, seconds=0.0, history=[],
                           chosen=es.mean.float())                          # which stays, if no fitness is a number
-    if "es" in state:
-        es.load_state_dict(state["es"])
+    es.load_state_dict(state["es"])
     start = time.time() - state["seconds"]
     log(f"the full cache's fitness on the prompts to choose by: {full:.3f}")
     log("generation tasks | candidates: fitness   best  cache | mean: fitness  cache | sigma  axis ratio | seconds  left")
@@ -465,8 +454,8 @@ def evolve(gpt, parts, config, log, state, keep):
         of_all, of_mean, point = " " * 33, " " * 20, {"generation": g, "sigma": es.sigma}
         if g:
             candidates = (es.ask() * scale).float().to(config.device)
-            got, kept = fitness(gpt, candidates, statistics, best, part, tasks, any_length, config.prompts,
-                                np.random.default_rng([config.seed, 2, g]), config)
+            got, kept = fitness(gpt, candidates, statistics, best, part, tasks, lambda rng: [rng.choice(config.evolve_at)],
+                                config.prompts, np.random.default_rng([config.seed, 2, g]), config)
             es.tell(got)
             state["average"] = state["average"] + (es.mean - state["average"]) / min(g, 10)
             of_all = f"{got.mean():19.3f} {got.max():6.3f} {kept:6.1%}"
@@ -497,6 +486,7 @@ def evolve(gpt, parts, config, log, state, keep):
 
 METHODS = ("namm", "full", "ntk", *namm.BASELINES, "tova_shared", "snapkv_shared")
 FAR = ("namm", "full", "ntk", "streaming", "h2o", "tova", "snapkv", "tova_shared", "snapkv_shared")       # also beyond 4 x
+COLORS = {"namm": "#e8590c", "h2o": "#1c7ed6", "tova": "#2f9e44", "snapkv": "#be4bdb", "streaming": "#868e96", "full": "#c92a2a"}
 
 
 def every_task(part, count, seed, length, device):
@@ -556,14 +546,12 @@ def report(gpt, params, statistics, part, config):
                                  relative=None, cache=cache.mean().item(), seed=config.seed, lead=gap.mean().item(),
                                  lead_se=(gap.var(correction=min(1, count - 1)) / count).sqrt().item(), seconds=taken / len(data.TASKS)))
                 if task == "needle":
-                    found = [exact[depth == d] for d in range(5)]
-                    rows[-1]["depths"] = [x.mean().item() if len(x) else None for x in found]
+                    rows[-1]["depths"] = [exact[depth == d].mean().item() if d in depth else None for d in range(5)]
             bar.update()
     gpt.config.rope_scale = config.rope_scale
     full = {(row["task"], row["length"]): row["score"] for row in rows if row["method"] == "full"}
     for row in rows:
-        base = full[row["task"], row["length"]]
-        row["relative"] = row["score"] / base if base else None
+        row["relative"] = row["score"] / base if (base := full[row["task"], row["length"]]) else None
     return rows
 
 
@@ -592,15 +580,15 @@ def stream(gpt, params, statistics, part, config):
 
 def curve(gpt, params, statistics, part, config):
     """Score against slots: [{method, length, capacity, slots, score, seed}], means over tasks. One evolved vector gives NAMM's
-    whole curve: the best by its scores, as many as the `capacity` is. The baselines keep as many slots as it has. At most eight
-    prompts a task, two beyond four times the training length, where they cost most."""
+    whole curve: the best by its scores, as many as the `capacity` is. The baselines keep as many slots as it has. To save time
+    at most eight prompts a task, two beyond four times the training length, and none at eight times it."""
     rows = []
     for times in sorted(set(config.report_at) - {8}):
         length, count = times * config.length, min(8 if times <= 4 else 2, config.far_prompts)
         batch = every_task(part, count, [config.seed, 7, length], length, config.device)
         for share in (1 / 4, 1 / 2, 1, 2, 4):
             capacity, slots = math.ceil(share * (config.capacity or config.delay)), None
-            cut = dataclasses.replace(config, capacity=capacity, threshold=-math.inf)
+            cut = dataclasses.replace(config, capacity=capacity, threshold=-math.inf)            # only the capacity evicts
             for method in ("namm", "streaming", "h2o", "tova", "snapkv"):
                 exact, _, logprob, cache = evaluate(gpt, batch, cut, *rule(method, params, statistics, slots, cut))
                 slots = slots or slots_of(cache.mean().item(), batch.context, config)
@@ -639,8 +627,8 @@ def watch(gpt, params, statistics, batch, config):
 
 def anatomy(gpt, params, statistics, part, config):
     """What NAMM keeps: [{layer, head, kind, kept, spectrum_kept, spectrum_dropped, seed}], over prompts of all tasks but
-    `lm` at the longest length of evolution. `kept`: share of the tokens of a kind that lives at the end of the context. For
-    kind "all" the mean spectra (F,) of the tokens that stayed and of those that went, each when it was last judged."""
+    `lm` at the longest length of evolution. `kept`: share of the tokens of a kind that lives at the end of the context; beside it
+    the mean spectra (F,) of those that stayed and of those that went, each when it was last judged."""
     rows, found = [], {}
     for t, task in enumerate(task for task in data.TASKS if task != "lm"):
         rng = np.random.default_rng([config.seed, 8, t])
@@ -658,11 +646,9 @@ def anatomy(gpt, params, statistics, part, config):
                 found.setdefault((layer, head, kind), []).append([x[mask.expand_as(asked)] for x in own])
     for (layer, head, kind), pieces in found.items():
         lives, judged, spectrum = (torch.cat(x) for x in zip(*pieces))     # (M,), (M,), (M,F): all tokens of the kind
-        kept = lives.double().mean().nan_to_num().item()
-        rows.append(dict(layer=layer, head=head, kind=kind, kept=kept, seed=config.seed))
-        if kind == "all":
-            for name, who in (("spectrum_kept", judged & lives), ("spectrum_dropped", judged & ~lives)):
-                rows[-1][name] = spectrum[who].mean(0).nan_to_num().tolist()
+        mean = lambda x: x.mean(0).nan_to_num().tolist()                   # 0 for the mean of none
+        rows.append(dict(layer=layer, head=head, kind=kind, kept=mean(lives.double()), seed=config.seed,
+                         spectrum_kept=mean(spectrum[judged & lives]), spectrum_dropped=mean(spectrum[judged & ~lives])))
     return rows
 
 
@@ -683,11 +669,18 @@ def lost(gpt, params, statistics, part, config):
 # 6. Files, tables, pictures
 
 def save(path, content):
-    """Write text or bytes beside `path`, then move them there: after a crash the file is whole, or as it was before."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write text, or a dict of tensors and numbers, beside `path`, then move it there: after a crash the file is whole, or as it
+    was before. The first process does."""
+    if world()[0] > 0:
+        return
+    buffer, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")   # in memory first: a full disk is then an OSError
+    if isinstance(content, str):
+        buffer.write(content.encode())
+    else:
+        torch.save(content, buffer)
     try:
         with open(temporary, "wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
+            file.write(buffer.getvalue())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -696,7 +689,7 @@ def save(path, content):
 
 
 def load(path, names, device="cpu"):
-    """What `keep` wrote to `path`, a dict with these names; None if there is no such file. A file from a stranger runs no code.
+    """What `save` wrote to `path`, a dict with these names; None if there is no such file. A file from a stranger runs no code.
     Raises ValueError, with a line for the user, for one that is damaged, foreign or older."""
     if not path.exists():
         return None
@@ -731,20 +724,15 @@ def ratio(a, b):
     """a / b, nothing where b is 0: where the full cache scores nothing, there is nothing to compare with. Raises ValueError
     when they are not of the same runs."""
     if len(a) != len(b):
-        raise ValueError("--summary: these runs reported at different lengths; give it runs of the same --report_at")
+        raise ValueError("--summary: these runs reported at different lengths or on other methods; give it runs that agree")
     return [x / y for x, y in zip(a, b) if y] or [math.nan]
-
-
-def unseen(evolved):
-    """The tasks that a NAMM evolved on some has not met."""
-    return [task for task in data.TASKS if task not in evolved]
 
 
 def table(rows, evolved):
     """The rows as Markdown, one table for each length; rows of several seeds become their mean, with the standard deviation
     of the seeds. evolved: the tasks NAMM was evolved on. Relative: ratio of the means over all tasks. Ahead: how much NAMM's
     mean over all tasks is above the method's, with a 95 % interval over prompts."""
-    over, text, others = means(rows), [], unseen(evolved)
+    over, text, others = means(rows), [], [task for task in data.TASKS if task not in evolved]
     for n in sorted({row["length"] for row in rows}):
         text += [f"\n{n} tokens\n",
                  f"| method | {' | '.join(data.TASKS)} | evolved on | other tasks | all | relative | cache | NAMM ahead |",
@@ -773,7 +761,7 @@ def claims(rows, evolved):
         rules = {row["method"] for row in rows if row["length"] == n} & set(namm.BASELINES)
         best = max(sorted(rules), key=lambda method: over(method, n).mean())
         of_best = [spread(ratio(over("namm", n, tasks), over("full", lengths[0], tasks))) if tasks else ""
-                   for tasks in (evolved, unseen(evolved), list(data.TASKS))]
+                   for tasks in (evolved, [task for task in data.TASKS if task not in evolved], list(data.TASKS))]
         text.append(f"| {n} | {spread(over('full', n))} | {spread(over('ntk', n))} | {spread(over('namm', n))} | "
                     f"{spread(ratio([over('namm', n).mean()], [over('full', n).mean()]))} | "
                     f"{over('namm', n, key='cache').mean():.3f} | {' | '.join(of_best)} | {best} {spread(over(best, n))} | "
@@ -786,9 +774,6 @@ def svg(width, height, body):
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" '
             'font-size="12"><style>text{fill:#333}path{fill:none;stroke-width:2}.g{stroke:#8886;stroke-width:1}'
             f'@media(prefers-color-scheme:dark){{text{{fill:#ddd}}}}</style>{"".join(body)}</svg>')
-
-
-COLORS = {"namm": "#e8590c", "h2o": "#1c7ed6", "tova": "#2f9e44", "snapkv": "#be4bdb", "streaming": "#868e96", "full": "#c92a2a"}
 
 
 def plot(left, title, lines, xs, ys, log=False):
@@ -895,20 +880,20 @@ def summary(paths):
     """Print Markdown from the results.json of several runs, and draw pictures beside the first: curve, needle, evolution. The
     first run and those that differ from it only in seed, base, or what may change when a run goes on, are one group: tables of
     means over runs. All other runs are grouped by what they changed, one line a group."""
+    groups = {}
     try:
         runs = [json.loads(pathlib.Path(path).read_text()) for path in paths]
-    except ValueError:
-        runs = []
-    if not runs or not all(isinstance(run, dict) and "report" in run for run in runs):
-        raise ValueError("--summary: give it the results.json of one run or more")
-    settings = lambda run: vars(Config()) | run["config"]                  # an older version's run lacks what had no choice then
-    first, groups = settings(runs[0]), {}
-    changed = lambda run: ", ".join(f"{k} {v}" for k, v in settings(run).items()
-                                    if k not in (*FREE, "seed", "base", "eval") and v != first.get(k))
-    for number, run in enumerate(runs):
-        groups.setdefault(changed(run), []).append(run)
-        for row in run["report"]:                                          # one seed on two machines is two runs: sums differ
-            row["seed"] = number
+        settings = [vars(Config()) | run["config"] for run in runs]        # an older version's run lacks what had no choice then
+        first = settings[0]
+        for number, (run, own) in enumerate(zip(runs, settings)):
+            changed = [f"{k} {v}" for k, v in own.items() if k not in (*FREE, "seed", "base", "eval") and v != first.get(k)]
+            groups.setdefault(", ".join(changed), []).append(run)
+            if {row["task"] for row in run["report"]} != set(data.TASKS):
+                raise ValueError
+            for row in run["report"]:                                      # one seed on two machines is two runs: sums differ
+                row["seed"] = number
+    except (ValueError, LookupError, TypeError):
+        raise ValueError("--summary: give it the results.json of one run or more, all with the tasks of data.py") from None
     rows = lambda name: [row for run in groups[""] for row in run.get(name, [])]             # none of some, with --methods
     evolved = first["evolve_on"].split(",")
     over, tokens = means(rows("report")), lambda row: f"{row['length']} tokens"
@@ -955,8 +940,8 @@ def example(gpt, params, statistics, part, config, task="needle"):
     heads = list(itertools.product(range(config.n_layer), range(config.n_kv_head)))
     return dict(task=task, length=len(tokens), text=[part.decode([token]) for token in tokens[:n]], asked=asked,
                 heads=[f"layer {layer}, head {head}" for layer, head in heads],
-                **{name: [fate[layer][name][0, head].tolist() for layer, head in heads] for name in ("lives", "score", "spectrum")},
-                seen=[[block[head].tolist() for block in fate[layer]["seen"]] for layer, head in heads])
+                seen=[block[-1].tolist() for block in fate[-1]["seen"]],
+                **{x: [fate[layer][x][0, head].tolist() for layer, head in heads] for x in ("lives", "score", "spectrum")})
 
 
 def questions(shown):
@@ -1017,7 +1002,7 @@ paint();
 def picture_seen(shown):
     """What NAMM sees of two tokens, of the highest score that stays and of the lowest that goes, in the last head of an `example`:
     the root of the spectrum, bins 0 to 16 down, one column for each block."""
-    score, lives, seen = (shown[name][-1] for name in ("score", "lives", "seen"))
+    score, lives, seen = shown["score"][-1], shown["lives"][-1], shown["seen"]
     order = sorted((i for i, x in enumerate(score) if math.isfinite(x)), key=lambda i: score[i])
     stays, goes = [i for i in order if lives[i]][-1:], [i for i in order if not lives[i]][:1]
     body, top = [], max([x for i in stays + goes for frame in seen for x in frame[i]], default=0) or 1
@@ -1029,13 +1014,11 @@ def picture_seen(shown):
 
 def page(result, shown):
     """report.html: pictures, text and tables of one run in one file that needs nothing else. shown: an `example`."""
-    rows, evolved, kept = result["report"], result["config"]["evolve_on"].split(","), {}
-    for row in result["anatomy"]:
-        if row["kind"] == "all":
-            kept.setdefault(row["layer"], []).append(row["kept"])
+    rows, evolved = result["report"], result["config"]["evolve_on"].split(",")
+    kept = [[row["kept"] for row in result["anatomy"] if (row["kind"], row["layer"]) == ("all", layer)]
+            for layer in range(result["config"]["n_layer"])]
     rounded = lambda x: [rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.3g}") if math.isfinite(x) else None
-    block = {name: shown[name] for name in ("text", "heads")}
-    block = json.dumps(block | {name: rounded(shown[name]) for name in ("lives", "score", "spectrum")})
+    block = {"text": shown["text"], "heads": shown["heads"]} | {x: rounded(shown[x]) for x in ("lives", "score", "spectrum")}
     settings = json.dumps({key: result[key] for key in ("config", "versions", "seconds")}, indent=1)
     parts = {
         "The table": html_table(claims(rows, evolved) + table(rows, evolved)),
@@ -1044,11 +1027,11 @@ def page(result, shown):
         "The needle, by depth and length": picture_needle(rows),
         f"The text itself, {shown['task']}: the darker, the more heads kept it": '<select id="head"></select><div id="text"></div>'
             f'<div id="token">Point at a token, or touch it.</div><pre>{html.escape(questions(shown))}</pre>',
-        "Share of the tokens kept, layer (down) by head": svg(300, 20 + 22 * len(kept), cells(10, 10, kept.values())),
+        "Share of the tokens kept, layer (down) by head": svg(300, 20 + 22 * len(kept), cells(10, 10, kept)),
         "What NAMM sees of a token that stays and of one that goes, block by block": picture_seen(shown),
         "Settings": f"<pre>{html.escape(settings)}</pre>"}
     body = "".join(f"<h2>{html.escape(title)}</h2>{part}" for title, part in parts.items())
-    block = block.replace("</", "<\\/")                                     # nothing in the text can end the script
+    block = json.dumps(block).replace("</", "<\\/")                         # nothing in the text can end the script
     return f"{PAGE}<h1>NAMM: what a run gave</h1>{body}<script>const shown = {block};{SCRIPT}</script></body></html>"
 
 
@@ -1081,15 +1064,12 @@ def percent(parts, total):
     return {name: f"{part / total:.0%}" for name, part in parts.items()}
 
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}                    # dense bfloat16 operations a second, data sheets
-
-
 def bench_reading(gpt, params, statistics, part, config):
     """Print how fast text is read, against context length: by the rivals, attention fused, and eager, which makes one matrix of a
     block's weights, as usual; by NAMM with nothing evicted, and as it is; and where the time goes."""
     device, delay, rows, piece = config.device, config.delay, min(4, config.rows), model.PIECE
     kinds = {"full cache, fused": (None, False), "full cache, eager": (None, True), "eager, in pieces": (None, True),
-             "NAMM, nothing evicted": (manager(torch.zeros_like(params[None]), statistics, config, capacity=0), True),
+             "NAMM, nothing evicted": (manager(0 * params[None], statistics, config, capacity=0, threshold=-math.inf), True),
              "NAMM": (manager(params[None], statistics, config), True)}
     print(f"{rows} rows, blocks of {delay} tokens, {torch.get_num_threads()} threads, {device}; tokens a second, and most slots a "
           "layer\n\n"
@@ -1151,7 +1131,8 @@ def bench(config, parts, gpt, evolved):
     # 6 operations a weight and token, 12 a layer, head width and slot (Kaplan et al. 2020), as if nothing were sampled
     work = config.batch_tokens * (6 * sum(p.numel() for p in gpt.parameters()) + 12 * config.n_layer * config.n_head
                                   * config.head_dim * config.length)
-    peak = next((peak for name, peak in PEAK.items() if device == "cuda" and name in torch.cuda.get_device_name()), None)
+    peaks = {"H100": 989e12, "H200": 989e12, "A100": 312e12}               # dense bfloat16 operations a second, data sheets
+    peak = next((peak for name, peak in peaks.items() if device == "cuda" and name in torch.cuda.get_device_name()), None)
     print(f"pre-training: {config.batch_tokens / took:,.0f} tokens a second, {work / took / 1e9:,.1f} GFLOP/s"
           + (f", {work / took / peak:.0%} of peak" if peak else ""))
     alone, kinds = {name: own for name, (_, own) in profiled(lambda: step(1), device).items() if name.startswith("aten::")}, {}
@@ -1198,16 +1179,20 @@ def prepare(config, action):
                 raise ValueError(f"--{name} {getattr(config, name)}: the GPT of {path.parent} has {own_sizes.get(name)}; leave the "
                                  "option out")
         own_sizes["rope_scale"] = config.rope_scale                        # may be another than in training
-    if (config.eval or action in data.TASKS) and not found["namm"]:
+    if (config.eval and action == "run" or action in data.TASKS) and not found["namm"]:
         raise ValueError(f"{own}: the run is not finished (no namm.pt); python evolve.py --resume {own} goes on")
-    if world()[1] > config.batch_tokens // config.length:
+    if (config.eval or action != "run") and found["namm"] and len(found["namm"]["params"]) != len(namm.scale(config.scorer)):
+        raise ValueError(f"--scorer {config.scorer}: the vector of {own} belongs to another; leave the option out")
+    if not found["gpt"] and world()[1] > config.batch_tokens // config.length:
         raise ValueError(f"{world()[1]} processes, but a training step has {config.batch_tokens // config.length} rows to share; "
                          "start fewer, or give more --batch_tokens")
     if action == "run" and world()[0] == 0:
         print("reading the text", flush=True)                              # which takes a few seconds
     texts = data.split(data.documents(config.corpus or None))
     encoding = data.tokenizer(config.tokenizer, config.vocab_size, sources[0] / "tokenizer.tiktoken", texts["train"])
-    learned = settings_of(config.eval)["corpus"] if config.eval else config.corpus
+    if found["gpt"] and found["gpt"]["config"]["vocab_size"] != encoding.n_vocab:
+        raise ValueError(f"--tokenizer {config.tokenizer}: not that of the GPT of {path.parent}; leave the option out")
+    learned = settings_of(path.parent)["corpus"] if config.eval or config.base else config.corpus
     parts = data.make_parts(texts, encoding, config.length * max(*config.evolve_at, *config.report_at),
                             None if learned == config.corpus else data.split(data.documents(learned or None))["train"])
     sizes = {name: getattr(config, name) for name in (*SIZES, "rope_scale")} | {"vocab_size": encoding.n_vocab}
@@ -1235,9 +1220,9 @@ def base_model(out, part, sizes, found, config, log):
         """A step's batch, words to recall, and seed. The shortest prompts at first, then all lengths but the longest, then
         mostly that. The heads are asked to recall once they have found their work."""
         rng, done = np.random.default_rng([config.seed, 0, step]), step / config.steps
-        last = np.array([1] * (len(lengths) - 1) + [2 * len(lengths[1:]) or 1])
+        odds = np.array([1] * (len(lengths) - 1) + [2 * len(lengths[1:]) or 1])                  # of the longest: two of three
         length = int(lengths[0] if done < 0.25 else rng.choice(lengths[:-1] or lengths) if done < 0.5
-                     else rng.choice(lengths, p=last / last.sum()))
+                     else rng.choice(lengths, p=odds / odds.sum()))
         recall = config.recall if done >= 0.25 else 0.0
         batch, words = data.training_batch(part, rng, config.batch_tokens // length, length, recall)
         return batch, words, config.seed * 1_000_003 + step
@@ -1249,19 +1234,12 @@ def base_model(out, part, sizes, found, config, log):
     log(f"training a GPT of {sum(p.numel() for p in gpt.parameters()):,} parameters"
         + (f", from step {state['step']}" if state else ""))
     start = time.time()
-    train(gpt, batches, config.steps, config.lr, precision(config.device), state, lambda state: keep(out / "training.pt", state))
-    log(f"{config.steps * config.batch_tokens:,} tokens of training in {time.time() - start:.0f} s")
-    keep(out / "gpt.pt", {"config": vars(gpt.config), "model": gpt.state_dict()})
+    train(gpt, batches, config.steps, config.lr, precision(config.device), state, lambda state: save(out / "training.pt", state))
+    log(f"{len(batches) * config.batch_tokens:,} tokens of training in {time.time() - start:.0f} s")
+    save(out / "gpt.pt", {"config": vars(gpt.config), "model": gpt.state_dict()})
     if world()[0] == 0:
         (out / "training.pt").unlink(missing_ok=True)
     return gpt.eval()
-
-
-def keep(path, state):
-    """Save tensors and numbers; the first process does."""
-    if world()[0] == 0:
-        torch.save(state, buffer := io.BytesIO())
-        save(path, buffer.getvalue())
 
 
 def run(config, out, parts, sizes, found):
@@ -1286,18 +1264,19 @@ def run(config, out, parts, sizes, found):
         (params, *statistics), cost = (found["namm"][name] for name in ("params", "mean", "std")), found["namm"]["cost"]
     else:
         params, statistics, cost = evolve(gpt, parts, config, log, found["evolution"],
-                                          lambda state: keep(out / "evolution.pt", state))
+                                          lambda state: save(out / "evolution.pt", state))
     if world()[0] > 0:                                                     # the report is written by the first process
         return
     mean, std = (x.cpu() for x in statistics)
-    keep(out / "namm.pt", {"params": params.cpu(), "mean": mean, "std": std, "cost": cost})
+    save(out / "namm.pt", {"params": params.cpu(), "mean": mean, "std": std, "cost": cost})
     result, begun = {"config": dataclasses.asdict(config), "versions": versions, "evolution": cost}, found["report"]
-    if begun and begun["config"] | {"rows": 0} == result["config"] | {"rows": 0}:            # which changes nothing
+    moot = {"rows": 0, "out": ""}                                          # change nothing
+    if begun and begun["config"] | moot == result["config"] | moot:
         result = begun
     for section in (report, stream, curve, anatomy, lost)[:1 if config.methods else None]:
         if section.__name__ not in result:
             result[section.__name__] = section(gpt, params, statistics, parts["report"], config)
-            keep(out / "report.pt", result)
+            save(out / "report.pt", result)
     log(table(result["report"], config.evolve_on.split(",")))
     result["seconds"] = time.time() - start
     save(out / "results.json", json.dumps(result).replace("}, {", "},\n {"))
@@ -1318,10 +1297,9 @@ def main():
             torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if config.device == "cuda":                                        # cuDNN plans anew for every number of slots it meets
-            torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)                        # cuDNN plans anew for every number of slots it meets
         out, encoding, parts, sizes, found = prepare(config, action)
-        if action == "run" and world()[0] == 0:
+        if action == "run":
             out.mkdir(parents=True, exist_ok=True)
             save(out / "config.json", json.dumps(vars(config), indent=1))
             if config.tokenizer == "learned":
@@ -1339,6 +1317,8 @@ def main():
         run(config, out, parts, sizes, found)
     except KeyboardInterrupt:
         sys.exit(f"\nstopped; the same command goes on from here, and so does: python evolve.py --resume {out}")
+    except torch.OutOfMemoryError:                                         # of a single row, or one prompt for many candidates
+        sys.exit(f"evolve.py: out of memory; python evolve.py --resume {out} --rows {max(1, config.rows // 2)} goes on")
     except OSError as error:
         print(f"evolve.py: {error}; once that is mended, python evolve.py --resume {out} goes on", file=sys.stderr)
         sys.exit(2)

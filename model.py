@@ -79,7 +79,7 @@ class KVCache:
     def with_last(self, x, n):
         """x (B,T,C) preceded by the n inputs before it (zeros at the start); remembers the last n: (B,n+T,C)."""
         x = F.pad(x, (0, 0, n, 0)) if self.last is None else torch.cat([self.last, x], dim=1)
-        self.last = x[:, -n:]
+        self.last = x[:, -n:].clone()                                      # not a view, which would keep all of x
         return x
 
     def evict(self, keep):
@@ -108,7 +108,7 @@ class KVCache:
 
 
 def kept(cache):
-    """Share of the tokens read that is alive in a cache, a list with a KVCache for each layer: mean over layers and heads, (B,)."""
+    """Share of the tokens read that is alive in a cache (a list, a KVCache for each layer): mean over layers and heads, (B,)."""
     alive = sum(layer.alive.sum((1, 2)) for layer in cache)                # (B,)
     return alive.double() / (len(cache) * cache[0].alive.shape[1] * max(1, cache[0].seen))
 
@@ -167,22 +167,21 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D = config.head_dim
-        self.n_head, self.n_kv_head, self.D = config.n_head, config.n_kv_head, D
-        self.wq = nn.Linear(config.n_embd, config.n_head * D, bias=False)
-        self.wk = nn.Linear(config.n_embd, config.n_kv_head * D, bias=False)
-        self.wv = nn.Linear(config.n_embd, config.n_kv_head * D, bias=False)
-        self.wo = nn.Linear(config.n_head * D, config.n_embd, bias=False)
+        H, K, D, C = config.n_head, config.n_kv_head, config.head_dim, config.n_embd
+        self.sizes, self.smear = (K, H // K, D), config.smear
+        self.wq = nn.Linear(C, H * D, bias=False)
+        self.wk = nn.Linear(C, K * D, bias=False)
+        self.wv = nn.Linear(C, K * D, bias=False)
+        self.wo = nn.Linear(H * D, C, bias=False)
         if config.smear:                                                   # taps[j] of a head weighs what is j back
-            self.k_taps = nn.Parameter(torch.eye(4)[:1].repeat(self.n_kv_head, 1))           # (K,4), at first x itself
-            apart = torch.arange(config.n_head // config.n_kv_head) % 4    # a group's query heads start 0, 1, 2, 3 tokens back
-            self.q_taps = nn.Parameter(torch.eye(4)[apart].repeat(self.n_kv_head, 1))        # (H,4)
-        self.smear = config.smear
+            self.k_taps = nn.Parameter(torch.eye(4)[:1].repeat(K, 1))      # (K,4), at first x itself
+            apart = torch.arange(H // K) % 4                               # a group's query heads start 0, 1, 2, 3 tokens back
+            self.q_taps = nn.Parameter(torch.eye(4)[apart].repeat(K, 1))   # (H,4)
 
     def forward(self, x, table, cache, weights=False):
         """x (B,T,C), table: the turns of all positions. Appends to the cache; returns (B,T,C) and attend's weights."""
         B, T, _ = x.shape
-        K, g, D = self.n_kv_head, self.n_head // self.n_kv_head, self.D
+        K, g, D = self.sizes
         v = self.wv(x).view(B, T, K, D).transpose(1, 2)                    # (B,K,T,D)
         if self.smear:                                                     # x of the three tokens before these, first
             x = cache.with_last(x, 3)
@@ -193,11 +192,9 @@ class Attention(nn.Module):
             q = sum(q_taps[:, j].view(K, g, 1, 1) * q[..., 3 - j:3 - j + T, :] for j in range(4))
             k = sum(k_taps[:, j].view(K, 1, 1) * k[..., 3 - j:3 - j + T, :] for j in range(4))
         cache.append(k, v)
-        k, v, alive = cache.keys, cache.values, cache.alive if cache.ragged else None
-        at = torch.arange(k.shape[2], device=x.device) if cache.renumber else cache.positions
-        q_at = at[..., -T:] if at.dim() == 1 else at[:, :, None, -T:]      # the T newest slots are the queries
-        k, q = rotate(k, table[at]), rotate(q, table[q_at])
-        out, received = attend(q, k, v, alive, weights)
+        at = torch.arange(cache.keys.shape[2], device=x.device) if cache.renumber else cache.positions   # (S,) or (B,K,S)
+        q, k = rotate(q, table[at[..., None, -T:]]), rotate(cache.keys, table[at])       # the T newest slots are the queries
+        out, received = attend(q, k, cache.values, cache.alive if cache.ragged else None, weights)
         return self.wo(out.permute(0, 3, 1, 2, 4).reshape(B, T, -1)), received
 
 
@@ -244,9 +241,8 @@ class GPT(nn.Module):
             # Queries start equal to keys: from the first step on heads attend to tokens like this one, or like the one, two or
             # three before it. Two heads that start alike in all would stay alike: their gradients would be the same.
             for layer in self.layers:
-                wq, wk = (w.weight.data.view(config.n_kv_head, -1, config.head_dim, config.n_embd)      # (K,g,D,C), (K,1,D,C)
-                          for w in (layer.attention.wq, layer.attention.wk))
-                wq[:, :4] = wk
+                K, g, _ = layer.attention.sizes
+                layer.attention.wq.weight.data.view(K, g, -1)[:, :4] = layer.attention.wk.weight.data.view(K, 1, -1)
             # in the last layer keys start as those of the token before: there facts are found
             self.layers[-1].attention.k_taps.data = torch.eye(4)[1:2].repeat(config.n_kv_head, 1)
         if config.tied:
@@ -259,10 +255,8 @@ class GPT(nn.Module):
 
     def rotary_table(self, n):
         """The turns at positions 0..n-1, complex numbers of length 1, (n, D/2)."""
-        c = self.config
-        D = c.head_dim
+        c, D, device = self.config, self.config.head_dim, self.tok_embeddings.weight.device
         theta = c.rope_theta * c.rope_scale ** (D / (D - 2))
-        device = self.tok_embeddings.weight.device
         speed = theta ** (-torch.arange(0, D, 2, device=device) / D)       # (D/2,) radians a token
         angles = torch.arange(n, device=device)[:, None] * speed
         return torch.complex(angles.cos(), angles.sin())
@@ -312,7 +306,7 @@ def losses(gpt, batch, recall, draw):
     large share, in all layers but the last, where the facts are found. What the layers below it remember may help, but not be
     needed."""
     c, n = gpt.config, batch.context
-    width = c.n_head // c.n_kv_head * c.head_dim                           # what a KV head's queries bring in
+    width = c.n_head // c.n_kv_head * c.head_dim                           # columns of wo that a KV head's queries write through
     heads = [(i, slice(k * width, (k + 1) * width)) for i in range(c.n_layer // 2, c.n_layer) for k in range(c.n_kv_head)]
     wo, read_by = [layer.attention.wo for layer in gpt.layers], {i: [] for i in range(c.n_layer // 2, c.n_layer)}
     hooks = [wo[i].register_forward_pre_hook(lambda module, x, i=i: read_by[i].append(x[0])) for i in read_by]
@@ -383,13 +377,11 @@ class Muon(torch.optim.Optimizer):
                 average, tall = self.state[p]["average"], len(p) > p.shape[1]
                 average.lerp_(p.grad, 1 - group["momentum"])
                 x = p.grad.lerp(average, group["momentum"])                # Nesterov's
-                x = x / x.norm().clamp(min=1e-7)
-                x = x.T if tall else x                                     # the smaller matrix of products
+                x = (x.T if tall else x) / x.norm().clamp(min=1e-7)        # the smaller matrix of products
                 for _ in range(5):                                         # Newton and Schulz: all singular values go to about 1
                     gram = x @ x.T
                     x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-                x = x.T if tall else x
-                p.sub_(x, alpha=group["lr"] * max(1, len(p) / p.shape[1]) ** 0.5)
+                p.sub_(x.T if tall else x, alpha=group["lr"] * max(1, len(p) / p.shape[1]) ** 0.5)
 
 
 def train(gpt, batches, steps, lr, precision, state=None, keep=None):
@@ -403,17 +395,15 @@ def train(gpt, batches, steps, lr, precision, state=None, keep=None):
     others = [p for p in gpt.parameters() if not any(p is matrix for matrix in matrices)]
     muon, adamw = Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
     optimizers = {muon: 5 * lr, adamw: lr}
-    (rank, size), accuracy, device, most, first = world(), {}, matrices[0].device, math.inf, 0
-    if state:
-        first = state["step"]
-        gpt.load_state_dict(state["model"])
-        muon.load_state_dict(state["muon"])
-        adamw.load_state_dict(state["adamw"])
+    (rank, size), accuracy, device, most = world(), {}, matrices[0].device, math.inf
+    first, saved = state["step"] if state else 0, {"model": gpt, "muon": muon, "adamw": adamw}
+    for name in saved if state else ():
+        saved[name].load_state_dict(state[name])
     bar = tqdm(range(first, steps), desc="train GPT", initial=first, total=steps, mininterval=1, dynamic_ncols=True,
                disable=True if rank else None)
     for step, (batch, recall, seed) in zip(bar, batches):
         if keep and step % 100 == 0 and step > first:
-            keep({"step": step, "model": gpt.state_dict(), "muon": muon.state_dict(), "adamw": adamw.state_dict()})
+            keep({"step": step} | {name: part.state_dict() for name, part in saved.items()})
         N, L = batch.tokens.shape
         batch = batch.each(lambda x: x.to(device))
         rows, recall = torch.arange(rank, N, size, device=device), recall.to(device)
@@ -429,8 +419,7 @@ def train(gpt, batches, steps, lr, precision, state=None, keep=None):
                     raise
                 most = at_once * L // 2
                 tqdm.write(f"out of memory: training on {most} tokens at once from here on")
-                for optimizer in optimizers:
-                    optimizer.zero_grad()
+                gpt.zero_grad()
         for p in gpt.parameters():
             summed(p.grad)
         nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
@@ -438,7 +427,7 @@ def train(gpt, batches, steps, lr, precision, state=None, keep=None):
             with precision:                                                # for Muon's products of matrices
                 optimizer.step()
             optimizer.zero_grad()
-        if step % 10 == 0:                                                 # the only place that waits for the device
+        if step % 10 == 0:                                                 # to print costs a wait for the device
             loss, text, _, right = torch.cat(done, dim=1)                  # (rows of this process,) each
             for task, share in zip(batch.tasks[rank::size], right.tolist()):
                 accuracy[task] = 0.9 * accuracy.get(task, share) + 0.1 * share
@@ -464,12 +453,9 @@ def read(gpt, tokens, cache, delay, manage=None, weights=False):
                 received = torch.cat([F.pad(piece, (0, S - piece.shape[-1])) for piece in pieces], dim=2)
             manage(layer, cache, received)
 
-    start = 0
-    while start < tokens.shape[1]:
-        stop = start + delay - cache[0].seen % delay
-        block = tokens[:, start:stop].repeat(cache[0].copies, 1)
-        out = gpt.hidden(block, cache, manage and after_block, weights)
-        start = stop
+    ends = range(delay - cache[0].seen % delay, tokens.shape[1], delay)    # where blocks end, without the last
+    for block in tokens.tensor_split(list(ends), dim=1):
+        out = gpt.hidden(block.repeat(cache[0].copies, 1), cache, manage and after_block, weights)
     return out
 
 

@@ -48,7 +48,7 @@ def fourier(device):
 
 
 def magnitudes(windows):
-    """Fourier magnitudes of windows (...,n,S) of n <= 32 samples, zeros in place of those that are missing: (...,F,S)."""
+    """Fourier magnitudes of windows (...,n,S) of n <= 32 samples, zeros in place of the last if they are fewer: (...,F,S)."""
     cosines, sines = (fourier(windows.device)[:, :windows.shape[-2]] @ windows).square_().split([F, F - 2], dim=-2)
     cosines[..., 1:-1, :] += sines                                         # (...,F,S), and sines (...,15,S)
     return cosines.sqrt_()
@@ -64,21 +64,18 @@ def spectrogram(attention, tail):
     memory, along which all of it is fast.
     """
     samples = torch.cat([tail.transpose(-1, -2), attention], dim=2)                              # (B,K,HOP+T,S)
-    windows = samples.unfold(2, N_FFT, HOP).transpose(-1, -2)                                    # (B,K,frames,32,S)
-    return magnitudes(windows).permute(0, 1, 4, 2, 3), samples[:, :, -HOP:].transpose(-1, -2)
+    return magnitudes(samples.unfold(2, N_FFT, HOP).mT).permute(0, 1, 4, 2, 3)                   # of windows (B,K,frames,32,S)
 
 
 def values(attention, tail):
     """In place of `spectrogram`, to see what Fourier is worth: a frame's 16 new values as they are, and a zero."""
-    B, K, T, S = attention.shape
-    samples = attention.float().reshape(B, K, T // HOP, HOP, S).permute(0, 1, 4, 2, 3)           # (B,K,S,frames,HOP)
-    return pad(samples, (0, F - HOP)), samples[:, :, :, -1]
+    return pad(attention.unflatten(2, (-1, HOP)).permute(0, 1, 4, 2, 3), (0, F - HOP))           # (B,K,S,frames,F)
 
 
 def moments(attention, tail):
     """In place of `spectrogram`: mean and maximum of a frame's 16 new values, and zeros."""
-    samples, tail = values(attention, tail)
-    return pad(torch.stack([samples.sum(-1) / HOP, samples.amax(-1)], dim=-1), (0, F - 2)), tail
+    samples = values(attention, tail)
+    return pad(torch.stack([samples.sum(-1) / HOP, samples.amax(-1)], dim=-1), (0, F - 2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,15 +142,13 @@ def bam_scores(features, params, alive=None, newer=True):
 
 def linear_scores(features, params, alive):
     """In place of `bam_scores`: w.x + b, 26 parameters."""
-    p = unpack(params, SCORERS["linear"][1])
-    x = features.reshape(len(params), -1, N_IN)
+    p, x = unpack(params, SCORERS["linear"][1]), features.reshape(len(params), -1, N_IN)
     return torch.baddbmm(p["b"][:, None], x, p["w"]).view(features.shape[:3])
 
 
 def mlp_scores(features, params, alive):
     """In place of `bam_scores`: one hidden layer, 433 parameters; a token is judged without the others."""
-    p = unpack(params, SCORERS["mlp"][1])
-    x = features.reshape(len(params), -1, N_IN)
+    p, x = unpack(params, SCORERS["mlp"][1]), features.reshape(len(params), -1, N_IN)
     x = torch.baddbmm(p["b1"][:, None], x, p["W1"]).tanh()                 # (P, prompts K S, 16)
     return torch.baddbmm(p["b"][:, None], x, p["w"]).view(features.shape[:3])
 
@@ -166,27 +161,25 @@ SCORERS = {"bam": (bam_scores, SHAPES), "unmasked": (partial(bam_scores, newer=F
 def scale(scorer):
     """1 / sqrt(number of inputs) of each parameter, (n,): the unit of its steps, so that one sigma fits all. A bias has that
     of its matrix."""
-    fan_in = {"bqkv": N_IN, "bo": WIDTH, "b1": N_IN, "b": SCORERS[scorer][1]["w"][0]}
-    return torch.cat([torch.full((torch.Size(shape).numel(),), fan_in.get(name, shape[0]) ** -0.5)
-                      for name, shape in SCORERS[scorer][1].items()])
+    shapes = SCORERS[scorer][1]
+    fan_in = {"bqkv": N_IN, "bo": WIDTH, "b1": N_IN, "b": shapes["w"][0]}
+    return torch.cat([torch.full(shape, fan_in.get(name, shape[0]) ** -0.5).flatten() for name, shape in shapes.items()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Scores -> who stays
 
-def keep_mask(scores, threshold=0.0):
-    """Keep what scores `threshold` or more, and the newest token always: (B,K,S) -> (B,K,S) bool. Parameters that are all
-    zero score 0 everywhere: then only the capacity evicts."""
-    keep = scores >= threshold
-    keep[..., -1] = True
-    return keep
-
-
 def newest(scores, count):
-    """A copy of the scores in which the `count` newest slots stay whatever they had."""
+    """A copy of the scores (B,K,S) in which the `count` newest slots stay whatever they had."""
     scores = scores.clone()
     scores[..., max(0, scores.shape[-1] - count):] = torch.inf
     return scores
+
+
+def keep_mask(scores, threshold=0.0):
+    """Keep what scores `threshold` or more, and the newest token always: (B,K,S) -> (B,K,S) bool. Parameters that are all
+    zero score 0 everywhere: then only the capacity evicts."""
+    return newest(scores, 1) >= threshold
 
 
 def keep_best(scores, budget):
@@ -207,8 +200,9 @@ def keep_best_of_all(scores, budget):
 def eviction(capacity, shared=0):
     """f(layer, cache, scores, keep), scores and keep (B,K,S): evicts all but what is in `keep` and among the best by score.
 
-    The best are each head's `capacity`, or any number if that is None or 0. With `shared`, the number of layers, they are the best
-    of all heads of all layers, `capacity` a head in the mean; nothing is then evicted before the last layer was judged."""
+    The best are each head's `capacity`, or any number if that is None or 0. With `shared`, the number of layers if they share
+    their slots, they are the best of all heads of all layers, `capacity` a head in the mean; nothing is then evicted before the
+    last layer was judged."""
     waiting = []                                                           # (cache, scores, keep) of layers that share slots
 
     def evict(layer, cache, scores, keep):
@@ -218,9 +212,9 @@ def eviction(capacity, shared=0):
             return cache.evict(keep & keep_best(scores, capacity) if capacity else keep)
         waiting[layer:] = [(cache, scores, keep)]                          # drops what an interrupted block left
         if layer == shared - 1:
-            best = keep_best_of_all([scores for _, scores, _ in waiting], capacity * shared * scores.shape[1])
-            for (cache, _, keep), own in zip(waiting, best):
-                cache.evict(keep & own)
+            budget = capacity * shared * scores.shape[1]                   # of a row: heads of all layers
+            for (cache, _, keep), best in zip(waiting, keep_best_of_all([own for _, own, _ in waiting], budget)):
+                cache.evict(keep & best)
             waiting.clear()
     return evict
 
@@ -237,20 +231,18 @@ def spectra(cache, attention, sees):
     where the newest counts most. With blocks of 512 tokens that is a detail, with blocks of 32 it is half of what was seen."""
     B, K, T, S = attention.shape
     attention = attention.float()
-    if "spectrum" not in cache.state:
-        cache.state = {"tail": attention.new_zeros(B, K, S, HOP), "spectrum": attention.new_zeros(B, K, S, F)}
     transform, gamma = {"values": values, "moments": moments}.get(sees, spectrogram), MEMORY ** (HOP / T)
-    tail, average = cache.state["tail"], cache.state["spectrum"]           # (B,K,S,HOP), (B,K,S,F)
-    average = average.transpose(2, 3).contiguous().transpose(2, 3)         # slots last in memory, as in the attention
+    tail = cache.state.get("tail", attention.new_zeros(B, K, S, HOP))
+    average = cache.state.get("spectrum", attention.new_zeros(B, K, S, F)).mT.contiguous().mT            # slots last in memory
     step = HOP if attention.device.type == "cpu" else T                    # frame by frame: it fits the cache of a CPU
     for start in range(0, T, step):
         piece, seen = attention[:, :, start:start + step], S - T + start + step
-        frames, _ = transform(piece[..., :seen], tail[:, :, :seen])        # younger slots have received nothing yet
+        frames = transform(piece[..., :seen], tail[:, :, :seen])           # younger slots have received nothing yet
         average[:, :, :seen] = moving_average(frames, average[:, :, :seen], gamma)
-        tail = piece[:, :, -HOP:].transpose(-1, -2)
+        tail = piece[:, :, -HOP:].mT
     cache.state = {"tail": tail.contiguous(), "spectrum": average}
     if transform is spectrogram and sees != "closed":                      # a frame half full: the newest HOP queries, then zeros;
-        opened = magnitudes(tail.transpose(-1, -2)).transpose(-1, -2)      # judged by, not remembered
+        opened = magnitudes(attention[:, :, -HOP:]).mT                     # judged by, not remembered
         average = moving_average(opened[:, :, :, None], average, gamma)    # opened (B,K,S,F)
     return average
 
@@ -290,7 +282,7 @@ def statistics(totals, sees="all"):
     def manage(layer, cache, attention):
         """Add one layer's spectra to the totals."""
         with torch.autocast(attention.device.type, enabled=False):
-            x = spectra(cache, attention, sees).double().flatten(0, 2) # (B K S, F)
+            x = spectra(cache, attention, sees).double().flatten(0, 2)     # (B K S, F)
         totals.add_(torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]))
     return manage
 
@@ -302,8 +294,8 @@ def mean_std(totals):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Baselines: f(cache, attention, budget, generator) -> scores (B,K,S), higher stays; `budget` slots do, in each head or in the
-#    mean over all: see `baseline`
+# 7. Baselines: f(cache, attention, budget, generator) -> scores (B,K,S), the higher stay. budget: how many stay, in each head, or,
+#    if heads share their slots, in the mean over all
 
 def random(cache, attention, budget, generator):
     """Any slots, drawn anew at each eviction."""
@@ -317,7 +309,7 @@ def recent(cache, attention, budget, generator):
 
 def streaming(cache, attention, budget, generator):
     """StreamingLLM (Xiao et al. 2024): the first four tokens of the text, and the newest."""
-    return cache.positions.float().masked_fill(cache.positions < 4, torch.inf)
+    return cache.positions.float().masked_fill(cache.positions < 4, 1e9)
 
 
 def h2o(cache, attention, budget, generator):
