@@ -644,9 +644,9 @@ def anatomy(gpt, params, statistics, part, config):
             for head, (kind, mask) in itertools.product(range(config.n_kv_head), kinds.items()):
                 own = fate["lives"][:, head], fate["score"][:, head].isfinite(), fate["spectrum"][:, head]
                 found.setdefault((layer, head, kind), []).append([x[mask.expand_as(asked)] for x in own])
+    mean = lambda x: x.mean(0).nan_to_num().tolist()                       # 0 for the mean of none
     for (layer, head, kind), pieces in found.items():
         lives, judged, spectrum = (torch.cat(x) for x in zip(*pieces))     # (M,), (M,), (M,F): all tokens of the kind
-        mean = lambda x: x.mean(0).nan_to_num().tolist()                   # 0 for the mean of none
         rows.append(dict(layer=layer, head=head, kind=kind, kept=mean(lives.double()), seed=config.seed,
                          spectrum_kept=mean(spectrum[judged & lives]), spectrum_dropped=mean(spectrum[judged & ~lives])))
     return rows
@@ -728,11 +728,16 @@ def ratio(a, b):
     return [x / y for x, y in zip(a, b) if y] or [math.nan]
 
 
+def unseen(evolved):
+    """The tasks that a NAMM evolved on some has not met."""
+    return [task for task in data.TASKS if task not in evolved]
+
+
 def table(rows, evolved):
     """The rows as Markdown, one table for each length; rows of several seeds become their mean, with the standard deviation
     of the seeds. evolved: the tasks NAMM was evolved on. Relative: ratio of the means over all tasks. Ahead: how much NAMM's
     mean over all tasks is above the method's, with a 95 % interval over prompts."""
-    over, text, others = means(rows), [], [task for task in data.TASKS if task not in evolved]
+    over, text, others = means(rows), [], unseen(evolved)
     for n in sorted({row["length"] for row in rows}):
         text += [f"\n{n} tokens\n",
                  f"| method | {' | '.join(data.TASKS)} | evolved on | other tasks | all | relative | cache | NAMM ahead |",
@@ -761,7 +766,7 @@ def claims(rows, evolved):
         rules = {row["method"] for row in rows if row["length"] == n} & set(namm.BASELINES)
         best = max(sorted(rules), key=lambda method: over(method, n).mean())
         of_best = [spread(ratio(over("namm", n, tasks), over("full", lengths[0], tasks))) if tasks else ""
-                   for tasks in (evolved, [task for task in data.TASKS if task not in evolved], list(data.TASKS))]
+                   for tasks in (evolved, unseen(evolved), list(data.TASKS))]
         text.append(f"| {n} | {spread(over('full', n))} | {spread(over('ntk', n))} | {spread(over('namm', n))} | "
                     f"{spread(ratio([over('namm', n).mean()], [over('full', n).mean()]))} | "
                     f"{over('namm', n, key='cache').mean():.3f} | {' | '.join(of_best)} | {best} {spread(over(best, n))} | "

@@ -241,7 +241,7 @@ class GPT(nn.Module):
             # Queries start equal to keys: from the first step on heads attend to tokens like this one, or like the one, two or
             # three before it. Two heads that start alike in all would stay alike: their gradients would be the same.
             for layer in self.layers:
-                K, g, _ = layer.attention.sizes
+                K, g, _ = layer.attention.sizes                            # (K,g,D C) becomes (K,1,D C)
                 layer.attention.wq.weight.data.view(K, g, -1)[:, :4] = layer.attention.wk.weight.data.view(K, 1, -1)
             # in the last layer keys start as those of the token before: there facts are found
             self.layers[-1].attention.k_taps.data = torch.eye(4)[1:2].repeat(config.n_kv_head, 1)

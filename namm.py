@@ -231,9 +231,10 @@ def spectra(cache, attention, sees):
     where the newest counts most. With blocks of 512 tokens that is a detail, with blocks of 32 it is half of what was seen."""
     B, K, T, S = attention.shape
     attention = attention.float()
+    if "spectrum" not in cache.state:
+        cache.state = {"tail": attention.new_zeros(B, K, S, HOP), "spectrum": attention.new_zeros(B, K, S, F)}
     transform, gamma = {"values": values, "moments": moments}.get(sees, spectrogram), MEMORY ** (HOP / T)
-    tail = cache.state.get("tail", attention.new_zeros(B, K, S, HOP))
-    average = cache.state.get("spectrum", attention.new_zeros(B, K, S, F)).mT.contiguous().mT            # slots last in memory
+    tail, average = cache.state["tail"], cache.state["spectrum"].mT.contiguous().mT    # slots last in memory, as in the attention
     step = HOP if attention.device.type == "cpu" else T                    # frame by frame: it fits the cache of a CPU
     for start in range(0, T, step):
         piece, seen = attention[:, :, start:start + step], S - T + start + step

@@ -280,7 +280,7 @@ def test_small_scorers_by_hand(scorer):
 
 
 def test_plain_values_and_moments_are_those_of_each_frame():
-    """Catches: frames and slots mixed up, a mean that counts the padding, a tail that is not carried."""
+    """Catches: frames and slots mixed up, a mean that counts the padding."""
     attention = torch.rand(2, 1, 48, 3)
     got = namm.values(attention, None)
     both = namm.moments(attention, None)
