@@ -73,7 +73,7 @@ class Config:
     recall: float = setting(0.25, "in training, share of the places (but for long words) where a head must name a word to remember")
     # the cache
     delay: int = setting(32, "tokens between two evictions, a multiple of 16")
-    capacity: int = setting(64, "most slots that NAMM keeps in a head, in the mean over heads and layers; 0 for any number")
+    capacity: int = setting(56, "most slots that NAMM keeps in a head, in the mean over heads and layers; 0 for any number")
     slots: str = setting("shared", "whose best stay: those of all heads and layers, or of each head", ("shared", "own"))
     threshold: float = setting(0.0, "a token that scores less leaves the cache")
     positions: str = setting("renumbered", "of keys: in the cache, or in the text (paper)", ("renumbered", "original"))
