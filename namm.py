@@ -58,9 +58,9 @@ def spectrogram(attention, tail):
     """Short-time Fourier magnitudes of the attention that each slot received.
 
     attention (B,K,T,S): for each of T queries, what each slot received; T a multiple of HOP. tail (B,K,S,16): the last
-    HOP values of the block before, zero for a new slot. Returns magnitudes (B,K,S,frames,F) with frames = T / HOP, and
-    the new tail. A frame's window is the HOP samples before the frame and the HOP in it, so where a text is cut into
-    blocks does not change a frame. As torch.stft, not centred, over tail and block together; slots stay the last axis in
+    HOP values of the block before, zero for a new slot. Returns magnitudes (B,K,S,frames,F) with frames = T / HOP.
+    A frame's window is the HOP samples before the frame and the HOP in it, so where a text is cut into blocks does not
+    change a frame. As torch.stft, not centred, over tail and block together; slots stay the last axis in
     memory, along which all of it is fast.
     """
     samples = torch.cat([tail.transpose(-1, -2), attention], dim=2)                              # (B,K,HOP+T,S)
@@ -191,10 +191,10 @@ def keep_best(scores, budget):
 
 def keep_best_of_all(scores, budget):
     """For heads that share their slots, scores of each layer [(B,K,S)], of as many slots as it has: the newest slot of each head,
-    and the best others of a row, in whatever layer and head, `budget` in all; among equals those of upper layers, then heads.
-    -> [(B,K,S)] bool."""
-    best = keep_best(torch.cat([newest(own, 1).flatten(1) for own in scores], dim=1), budget)        # (B, slots of a row)
-    return [piece.view_as(own) for piece, own in zip(best.split([own[0].numel() for own in scores], dim=1), scores)]
+    and the best others of a row, in whatever layer and head, `budget` in all; among equals those of upper layers, then newer ones:
+    heads with equal scores keep the same. -> [(B,K,S)] bool."""
+    best = keep_best(torch.cat([newest(own, 1).mT.flatten(1) for own in scores], dim=1), budget)     # (B, slots of a row)
+    return [piece.view(own.mT.shape).mT for piece, own in zip(best.split([own[0].numel() for own in scores], dim=1), scores)]
 
 
 def eviction(capacity, shared=0):

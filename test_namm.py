@@ -408,7 +408,8 @@ def test_population_in_one_pass_equals_one_candidate_at_a_time(capacity, sees):
 def test_layers_that_share_their_slots_keep_the_best_of_all():
     """Two layers of unequal size against sorted lists: the newest of each head, then the best wherever they are. And in whole
     caches: each row holds what it may, over all layers, and each candidate what it holds alone, also after a block that was not
-    read to its end. Catches: a budget for each layer, rows or candidates mixed up, dead slots that take a place, leftovers."""
+    read to its end. Catches: a budget for each layer, rows or candidates mixed up, dead slots that take a place, leftovers, heads that
+    drop together and part where scores are equal."""
     torch.manual_seed(3)
     scores = [torch.randn(2, 2, 5), torch.randn(2, 2, 3)]
     kept = namm.keep_best_of_all([own.clone() for own in scores], 7)
@@ -432,6 +433,10 @@ def test_layers_that_share_their_slots_keep_the_best_of_all():
             lives.setdefault((who[row // len(prompts)], prompts[row % len(prompts)]), []).append(own)
     assert all(together == alone for together, alone in lives.values()) and len(lives) == 4
     assert len({len(head) for head in lives[0, 0][0]}) > 2                 # the heads really differ
+    manage = namm.namm(torch.zeros(1, 4172), mean, std, capacity=7, per_head=False, shared=3)
+    model.read(gpt, tokens, cache := gpt.new_cache(2), 32, manage, weights=True)
+    assert [[[own.tolist() for own in layer.positions[row, :, -n:]] for n, layer in zip((1, 1, 19), cache)] for row in (0, 1)] == \
+        2 * [[2 * [[95]], 2 * [[95]], 2 * [list(range(77, 96))]]]
 
 
 def test_zero_parameters_keep_everything_and_the_newest_token_always_stays():
@@ -1254,10 +1259,10 @@ def test_the_changes_that_readme_shows_work(tmp_path, corpus):
         [path] = [path for path in tmp_path.glob("*.py") if old in path.read_text()]
         path.write_text(path.read_text().replace(old, new))
     done = subprocess.run([sys.executable, "evolve.py", "--preset", "smoke", "--device", "cpu", "--corpus", str(corpus), "--scorer", "product",
-                           "--report_at", "1", "--methods", "namm,full,oldest"], cwd=tmp_path, capture_output=True, text=True)
+                           "--report_at", "1", "--methods", "namm,full,attended_shared"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "runs/smoke/results.json").read_text())["report"]
-    assert ("owner", "oldest") in {(row["task"], row["method"]) for row in report} and len(diffs) == 5
+    assert ("owner", "attended_shared") in {(row["task"], row["method"]) for row in report} and len(diffs) == 6
 
 
 def test_bench_prints_every_row(parts, monkeypatch, capsys):
