@@ -192,7 +192,7 @@ def check(c):
          f"{shortest - data.room(shortest)} tokens, so nothing would ever be evicted"),
         (c.popsize >= 4, "--popsize must be 4 or more"),
         (not c.methods or {"namm", "full"} <= set(c.methods.split(",")) <= set(METHODS),
-         f"--methods: namm and full, and any of {', '.join(METHODS[2:])}"),
+         f"--methods: namm and full, and any of ntk, {', '.join(namm.BASELINES)}; rules also with _shared or _last after the name"),
         (0 <= c.recall < 1, "--recall must be 0 or more, and below 1"),
         (0 <= c.seed < 2 ** 32, "--seed must be 0 or more, and below 2 ** 32"),
         (c.capacity >= 0, "--capacity must be 0 or more"),
@@ -484,8 +484,10 @@ def evolve(gpt, parts, config, log, state, keep):
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Report
 
-METHODS = ("namm", "full", "ntk", *namm.BASELINES, "tova_shared", "snapkv_shared")
-FAR = ("namm", "full", "ntk", "streaming", "h2o", "tova", "snapkv", "tova_shared", "snapkv_shared")       # also beyond 4 x
+METHODS = ("namm", "full", "ntk", *(rule + whose for whose in ("", "_shared", "_last") for rule in namm.BASELINES))
+OTHERS = ("tova_shared", "snapkv_shared", "recent_last", "snapkv_last")
+NEAR = ("namm", "full", "ntk", *namm.BASELINES, *OTHERS)                  # to report on, if --methods says nothing else
+FAR = ("namm", "full", "ntk", "streaming", "h2o", "tova", "snapkv", *OTHERS)                 # beyond 4 x the training length
 COLORS = {"namm": "#e8590c", "h2o": "#1c7ed6", "tova": "#2f9e44", "snapkv": "#be4bdb", "streaming": "#868e96", "full": "#c92a2a"}
 
 
@@ -508,10 +510,9 @@ def rule(method, params, statistics, slots, config):
         return None, False
     if method == "namm":
         return manager(params[None].to(config.device), statistics, config), True
-    name = method.removesuffix("_shared")
-    shared = config.n_layer if name != method else 0
+    name, _, where = method.partition("_")
     budget = max(1, math.ceil(slots - 1e-9))                               # a mean of 40, if rounding puts it just above
-    return namm.baseline(name, budget, config.seed, shared), name in namm.ATTENTIVE
+    return namm.baseline(name, budget, config.seed, **{where: config.n_layer} if where else {}), name in namm.ATTENTIVE
 
 
 def report(gpt, params, statistics, part, config):
@@ -519,12 +520,12 @@ def report(gpt, params, statistics, part, config):
 
     All methods answer the same prompts; those that evict read them in the same blocks, the others in one go. The baselines keep
     as many slots in each layer as NAMM has on average at that length; those that end in `_shared`, as many in the mean over
-    layers, as NAMM may. `ntk` is the full cache with the rotary base scaled to the length, as one would extend a GPT's context
-    without training. `lead`: NAMM's score minus the method's; `lead_se`, its standard error over prompts, paired. `seconds`: for
-    the prompts of all tasks, divided by the number of tasks. For needle, `depths`: the score by where it was, in five equal parts
-    of the context."""
-    wanted, rows = config.methods.split(",") if config.methods else METHODS, []
-    chosen = {times: [m for m in METHODS if m in wanted and (times <= 4 or m in FAR)] for times in config.report_at}
+    layers, as NAMM may, and those that end in `_last` too, in the last layer as far as it has
+    them. `ntk` is the full cache with the rotary base scaled to the length, as one would extend a GPT's context without training.
+    `lead`: NAMM's score minus the method's; `lead_se`, its standard error over prompts, paired. `seconds`: for the prompts of all
+    tasks, divided by the number of tasks. For needle, `depths`: the score by where it was, in five equal parts of the context."""
+    wanted, rows = [m for m in METHODS if m in config.methods.split(",")], []
+    chosen = {times: wanted or (NEAR if times <= 4 else FAR) for times in config.report_at}
     bar = tqdm(total=sum(map(len, chosen.values())), desc="report", mininterval=1, dynamic_ncols=True, disable=None)
     for times in config.report_at:
         length, count = times * config.length, config.report_prompts if times <= 4 else config.far_prompts

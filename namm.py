@@ -353,11 +353,14 @@ BASELINES = {f.__name__: f for f in (random, recent, streaming, h2o, fastgen, l2
 ATTENTIVE = {"h2o", "fastgen", "tova", "snapkv"}                           # those that look at the attention
 
 
-def baseline(name, budget, seed=0, shared=0):
+def baseline(name, budget, seed=0, shared=0, last=0):
     """A manager that keeps `budget` slots in every row, layer and head, by the rule `name` of BASELINES; with a number of layers
-    in `shared`, that many in the mean over all their heads."""
+    in `shared` or `last`, that many in the mean over all their heads: those that score best, or as many as there are in the last
+    layer, then in the one below it, and one in each other."""
     generator, evict = torch.Generator().manual_seed(seed), eviction(budget, shared)
     def manage(layer, cache, attention):
         """Keep the best by the rule, from the attention (B,K,T,S) of the block just read; None if it looks at none."""
-        evict(layer, cache, BASELINES[name](cache, attention, budget, generator), cache.alive)
+        own = max(1, budget * last - layer - (last - 1 - layer) * cache.seen) if last else budget
+        scores = BASELINES[name](cache, attention, own, generator)
+        (eviction(own) if last else evict)(layer, cache, scores, cache.alive)
     return manage

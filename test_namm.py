@@ -928,15 +928,25 @@ def test_fitness_is_the_candidate_s_own(parts):
 
 def test_a_rule_gets_the_slots_of_namm(parts):
     """Catches: a rule with more or fewer slots than NAMM has, also where the context does not end with a block: 8 of the first
-    48 tokens, and the 16 after them, or has no whole block; or one that shares them though its name does not say so."""
+    48 tokens, and the 16 after them, or has no whole block; one that shares them though its name does not say so; or one that does
+    not fill the last layer first, as parameters that are all zero do, though its name does."""
     torch.manual_seed(0)
     gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, n_hidden=32, n_layer=3)).eval()
     tokens = torch.randint(parts[1].n_vocab, (2, 128))
-    for method in ("tova", "recent", "tova_shared", "snapkv_shared"):
+    for method in ("tova", "recent", "tova_shared", "snapkv_shared", "snapkv_last"):
         cache = gpt.new_cache(2)
         model.read(gpt, tokens, cache, 64, *evolve.rule(method, None, None, 4.2, evolve.Config(device="cpu")))
         slots = torch.stack([layer.alive.sum((1, 2)) for layer in cache])                    # (layers,B), one head each
-        assert (slots.sum(0) == 15).all() and (slots == 5).all() != method.endswith("_shared")
+        assert (slots.sum(0) == 15).all() and (slots == 5).all() != ("_" in method)
+        assert (slots.mT == torch.tensor([1, 1, 13])).all() or not method.endswith("_last")
+    for slots, of_layers in ((5, [1, 1, 13]), (24, [1, 23, 48]), (60, [48, 48, 48])):       # all scores equal: evolution's start
+        config = evolve.Config(device="cpu", capacity=slots)
+        ways = [evolve.rule(method, torch.zeros(4172), (torch.zeros(17), torch.ones(17)), slots, config) for method in ("namm", "recent_last")]
+        caches = [gpt.new_cache(2), gpt.new_cache(2)]
+        for cache, way in zip(caches, ways):
+            model.read(gpt, tokens[:, :48], cache, 16, *way)
+        for zero, rule, count in zip(*caches, of_layers):
+            assert torch.equal(zero.positions, rule.positions) and rule.positions.shape[2] == count
     config = evolve.Config(device="cpu", length=128, delay=48, capacity=8, report_prompts=1, report_at=(1,),
                            methods="namm,full,h2o,tova_shared")
     rows = evolve.report(gpt, torch.zeros(4172), (torch.zeros(17), torch.ones(17)), parts[2]["report"], config)
@@ -1030,7 +1040,7 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(smoke):
     results = json.loads((out / "results.json").read_text())
     rows = {(row["method"], row["task"], row["length"]): row for row in results["report"]}
     methods = {"full", "ntk", "namm", "random", "recent", "streaming", "h2o", "fastgen", "l2", "tova", "snapkv",
-               "tova_shared", "snapkv_shared"}
+               "tova_shared", "snapkv_shared", "recent_last", "snapkv_last"}
     assert set(rows) == {(m, t, n) for n in (64, 256, 512) for m in (methods if n < 512 else evolve.FAR) for t in data.TASKS}
     for (method, task, length), row in rows.items():
         assert set(row) - {"depths"} == {"method", "task", "length", "score", "logprob", "relative", "cache", "seed", "lead",
@@ -1262,7 +1272,7 @@ def test_the_changes_that_readme_shows_work(tmp_path, corpus):
                            "--report_at", "1", "--methods", "namm,full,attended_shared"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "runs/smoke/results.json").read_text())["report"]
-    assert ("owner", "attended_shared") in {(row["task"], row["method"]) for row in report} and len(diffs) == 6
+    assert ("owner", "attended_shared") in {(row["task"], row["method"]) for row in report} and len(diffs) == 5
 
 
 def test_bench_prints_every_row(parts, monkeypatch, capsys):
