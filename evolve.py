@@ -510,9 +510,9 @@ def rule(method, params, statistics, slots, config):
         return None, False
     if method == "namm":
         return manager(params[None].to(config.device), statistics, config), True
-    name, _, where = method.partition("_")
+    name, shared, last = method.split("_")[0], *(config.n_layer * method.endswith(whose) for whose in ("_shared", "_last"))
     budget = max(1, math.ceil(slots - 1e-9))                               # a mean of 40, if rounding puts it just above
-    return namm.baseline(name, budget, config.seed, **{where: config.n_layer} if where else {}), name in namm.ATTENTIVE
+    return namm.baseline(name, budget, config.seed, shared, last), name in namm.ATTENTIVE
 
 
 def report(gpt, params, statistics, part, config):
@@ -520,10 +520,10 @@ def report(gpt, params, statistics, part, config):
 
     All methods answer the same prompts; those that evict read them in the same blocks, the others in one go. The baselines keep
     as many slots in each layer as NAMM has on average at that length; those that end in `_shared`, as many in the mean over
-    layers, as NAMM may, and those that end in `_last` too, in the last layer as far as it has
-    them. `ntk` is the full cache with the rotary base scaled to the length, as one would extend a GPT's context without training.
-    `lead`: NAMM's score minus the method's; `lead_se`, its standard error over prompts, paired. `seconds`: for the prompts of all
-    tasks, divided by the number of tasks. For needle, `depths`: the score by where it was, in five equal parts of the context."""
+    layers, as NAMM may, and those that end in `_last` too, in the last layer as far as it has them. `ntk` is the full cache with
+    the rotary base scaled to the length, as one would extend a GPT's context without training. `lead`: NAMM's score minus the
+    method's; `lead_se`, its standard error over prompts, paired. `seconds`: for the prompts of all tasks, divided by the number of
+    tasks. For needle, `depths`: the score by where it was, in five equal parts of the context."""
     wanted, rows = [m for m in METHODS if m in config.methods.split(",")], []
     chosen = {times: wanted or (NEAR if times <= 4 else FAR) for times in config.report_at}
     bar = tqdm(total=sum(map(len, chosen.values())), desc="report", mininterval=1, dynamic_ncols=True, disable=None)

@@ -60,8 +60,8 @@ def spectrogram(attention, tail):
     attention (B,K,T,S): for each of T queries, what each slot received; T a multiple of HOP. tail (B,K,S,16): the last
     HOP values of the block before, zero for a new slot. Returns magnitudes (B,K,S,frames,F) with frames = T / HOP.
     A frame's window is the HOP samples before the frame and the HOP in it, so where a text is cut into blocks does not
-    change a frame. As torch.stft, not centred, over tail and block together; slots stay the last axis in
-    memory, along which all of it is fast.
+    change a frame. As torch.stft, not centred, over tail and block together; slots stay the last axis in memory, along
+    which all of it is fast.
     """
     samples = torch.cat([tail.transpose(-1, -2), attention], dim=2)                              # (B,K,HOP+T,S)
     return magnitudes(samples.unfold(2, N_FFT, HOP).mT).permute(0, 1, 4, 2, 3)                   # of windows (B,K,frames,32,S)
@@ -360,6 +360,7 @@ def baseline(name, budget, seed=0, shared=0, last=0):
     generator, evict = torch.Generator().manual_seed(seed), eviction(budget, shared)
     def manage(layer, cache, attention):
         """Keep the best by the rule, from the attention (B,K,T,S) of the block just read; None if it looks at none."""
+        # with `last`: of all slots, what one in each layer below and all tokens in each layer above leave
         own = max(1, budget * last - layer - (last - 1 - layer) * cache.seen) if last else budget
         scores = BASELINES[name](cache, attention, own, generator)
         (eviction(own) if last else evict)(layer, cache, scores, cache.alive)
