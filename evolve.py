@@ -73,7 +73,7 @@ class Config:
     recall: float = setting(0.25, "in training, share of the places (but for long words) where a head must name a word to remember")
     # the cache
     delay: int = setting(32, "tokens between two evictions, a multiple of 16")
-    capacity: int = setting(56, "most slots that NAMM keeps in a head, in the mean over heads and layers; 0 for any number")
+    capacity: int = setting(28, "most slots that NAMM keeps in a head, in the mean over heads and layers; 0 for any number")
     slots: str = setting("shared", "whose best stay: those of all heads and layers, or of each head", ("shared", "own"))
     threshold: float = setting(0.0, "a token that scores less leaves the cache")
     positions: str = setting("renumbered", "of keys: in the cache, or in the text (paper)", ("renumbered", "original"))
@@ -83,7 +83,7 @@ class Config:
     heads: str = setting("apart", "each head drops its own tokens, or a layer's drop the same", ("apart", "together"))
     # evolution
     evolve_on: str = setting("passage,kv,copy", "tasks to evolve on; all others in the report are new to the manager")
-    generations: int = setting(15, "generations")
+    generations: int = setting(60, "generations")
     stages: int = setting(1, "1: all tasks from the start; more: one more task in each of so many equal stages")
     popsize: int = setting(16, "candidates in a generation")
     sigma: float = setting(0.6, "first step size; a weight's is this over the root of the number of its inputs")
@@ -106,7 +106,7 @@ PRESETS = {
                   generations=3, popsize=4, prompts=1, validate=1, choose_prompts=1, report_prompts=2, far_prompts=1,
                   report_at=(1, 4, 8)),
     "gpu": dict(vocab_size=8192, n_layer=4, n_head=8, n_kv_head=2, n_embd=768, head_dim=96, n_hidden=2048, length=2048,
-                steps=400, batch_tokens=65_536, lr=2e-3, delay=64, capacity=128, popsize=32, choose_prompts=16,
+                steps=400, batch_tokens=65_536, lr=2e-3, delay=64, capacity=128, generations=15, popsize=32, choose_prompts=16,
                 report_prompts=32, far_prompts=16, rows=512),
 }
 FREE = ("out", "device", "methods", "report_prompts", "far_prompts", "report_at", "rows")   # may change when a run goes on
