@@ -93,8 +93,8 @@ class Config:
     validate: int = setting(5, "generations between two validations of the average mean")
     choose_prompts: int = setting(8, "prompts for each task in a validation")
     # report
-    report_prompts: int = setting(16, "prompts for each task and length in the report")
-    far_prompts: int = setting(4, "the same beyond 4 times the training length")
+    report_prompts: int = setting(8, "prompts for each task and length in the report")
+    far_prompts: int = setting(2, "the same beyond 4 times the training length")
     report_at: tuple = setting((1, 4, 8, 16), "lengths to report at, in training lengths")
     methods: str = setting("", "methods to report on, such as namm,full, and no more than that; if not given, all")
     rows: int = setting(32, "rows (candidates x prompts) read at once; all are padded to the largest cache")
