@@ -510,9 +510,9 @@ def rule(method, params, statistics, slots, config):
         return None, False
     if method == "namm":
         return manager(params[None].to(config.device), statistics, config), True
-    name, shared, last = method.split("_")[0], *(config.n_layer * method.endswith(whose) for whose in ("_shared", "_last"))
+    name, shared, last = method.split("_")[0], method.endswith("_shared"), method.endswith("_last")
     budget = max(1, math.ceil(slots - 1e-9))                               # a mean of 40, if rounding puts it just above
-    return namm.baseline(name, budget, config.seed, shared, last), name in namm.ATTENTIVE
+    return namm.baseline(name, budget, config.seed, shared * config.n_layer, last * config.n_layer), name in namm.ATTENTIVE
 
 
 def report(gpt, params, statistics, part, config):
