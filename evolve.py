@@ -97,7 +97,7 @@ class Config:
     far_prompts: int = setting(2, "the same beyond 4 times the training length")
     report_at: tuple = setting((1, 4, 8, 16), "lengths to report at, in training lengths")
     methods: str = setting("", "methods to report on, such as namm,full, and no more than that; if not given, all")
-    rows: int = setting(32, "rows (candidates x prompts) read at once; all are padded to the largest cache")
+    rows: int = setting(64, "rows (candidates x prompts) read at once; all are padded to the largest cache")
 
 
 PRESETS = {
@@ -192,7 +192,8 @@ def check(c):
          f"{shortest - data.room(shortest)} tokens, so nothing would ever be evicted"),
         (c.popsize >= 4, "--popsize must be 4 or more"),
         (not c.methods or {"namm", "full"} <= set(c.methods.split(",")) <= set(METHODS),
-         f"--methods: namm and full, and any of ntk, {', '.join(namm.BASELINES)}; rules also with _shared or _last after the name"),
+         f"--methods: namm and full, and any of namm_free, ntk, {', '.join(namm.BASELINES)}; rules also with _shared or _last after "
+         "the name"),
         (0 <= c.recall < 1, "--recall must be 0 or more, and below 1"),
         (0 <= c.seed < 2 ** 32, "--seed must be 0 or more, and below 2 ** 32"),
         (c.capacity >= 0, "--capacity must be 0 or more"),
@@ -429,7 +430,7 @@ def evolve(gpt, parts, config, log, state, keep):
     Fresh prompts each generation, one more task in each stage. A candidate's fitness is noisy, and so is each step of the mean
     of the search distribution; what is kept is an average of the means, the last ten of which count most, and of these averages
     the one with the best fitness on the prompts to choose by, which are always the same and never evolved on. Generation 0, all
-    zeros, drops nothing of its own accord."""
+    zeros, drops nothing of its own accord: then only the capacity evicts."""
     evolved, part = config.evolve_on.split(","), parts["evolve"]
     statistics, rng = feature_statistics(gpt, part, config), np.random.default_rng([config.seed, 5])
     best = {task: evaluate(gpt, prompts(part, task, 16, rng, config.length, config.device), config)[1].mean().item()
@@ -484,10 +485,10 @@ def evolve(gpt, parts, config, log, state, keep):
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Report
 
-METHODS = ("namm", "full", "ntk", *(rule + whose for whose in ("", "_shared", "_last") for rule in namm.BASELINES))
+METHODS = ("namm", "namm_free", "full", "ntk", *(rule + whose for whose in ("", "_shared", "_last") for rule in namm.BASELINES))
 OTHERS = ("tova_shared", "snapkv_shared", "recent_last", "snapkv_last")
-NEAR = ("namm", "full", "ntk", *namm.BASELINES, *OTHERS)                  # to report on, if --methods says nothing else
-FAR = ("namm", "full", "ntk", "streaming", "h2o", "tova", "snapkv", *OTHERS)                 # beyond 4 x the training length
+NEAR = ("namm", "namm_free", "full", "ntk", *namm.BASELINES, *OTHERS)     # to report on, if --methods says nothing else
+FAR = ("namm", "namm_free", "full", "ntk", "streaming", "h2o", "tova", "snapkv", *OTHERS)    # beyond 4 x the training length
 COLORS = {"namm": "#e8590c", "h2o": "#1c7ed6", "tova": "#2f9e44", "snapkv": "#be4bdb", "streaming": "#868e96", "full": "#c92a2a"}
 
 
@@ -508,8 +509,9 @@ def rule(method, params, statistics, slots, config):
     """(manager, does it look at the attention) of a method's name. slots: what NAMM kept in the mean; see `report`."""
     if method in ("full", "ntk"):
         return None, False
-    if method == "namm":
-        return manager(params[None].to(config.device), statistics, config), True
+    if method in ("namm", "namm_free"):
+        limit = {"capacity": 0} if method == "namm_free" else {}
+        return manager(params[None].to(config.device), statistics, config, **limit), True
     name, shared, last = method.split("_")[0], method.endswith("_shared"), method.endswith("_last")
     budget = max(1, math.ceil(slots - 1e-9))                               # a mean of 40, if rounding puts it just above
     return namm.baseline(name, budget, config.seed, shared * config.n_layer, last * config.n_layer), name in namm.ATTENTIVE
@@ -518,8 +520,9 @@ def rule(method, params, statistics, slots, config):
 def report(gpt, params, statistics, part, config):
     """Every method on every task and length: [{method, task, length, score, logprob, relative, cache, seed, ...}].
 
-    All methods answer the same prompts; those that evict read them in the same blocks, the others in one go. The baselines keep
-    as many slots in each layer as NAMM has on average at that length; those that end in `_shared`, as many in the mean over
+    All methods answer the same prompts; those that evict read them in the same blocks, the others in one go. `namm_free` is NAMM
+    without the limit that it was evolved with: what scores below the threshold goes and nothing else, as in the paper. The baselines
+    keep as many slots in each layer as `namm` has on average at that length; those that end in `_shared`, as many in the mean over
     layers, as NAMM may, and those that end in `_last` too, in the last layer as far as it has them. `ntk` is the full cache with
     the rotary base scaled to the length, as one would extend a GPT's context without training. `lead`: NAMM's score minus the
     method's; `lead_se`, its standard error over prompts, paired. `seconds`: for the prompts of all tasks, divided by the number of
@@ -563,7 +566,7 @@ def stream(gpt, params, statistics, part, config):
     rng, rows, slots = np.random.default_rng([config.seed, 6]), [], None
     ends = [times * config.length for times in config.report_at]
     text = torch.from_numpy(np.stack([part.text(rng, ends[-1]) for _ in range(min(16, config.rows))])).long().to(config.device)
-    for method in ("namm", "full", "recent", "streaming", "h2o", "tova"):
+    for method in ("namm", "namm_free", "full", "recent", "streaming", "h2o", "tova"):
         manage, weights = rule(method, params, statistics, slots, config)
         cache, bits = gpt.new_cache(len(text), config.positions == "renumbered"), []
         for block in text.split(config.delay, dim=1):
@@ -657,7 +660,7 @@ def lost(gpt, params, statistics, part, config):
     """What no manager can know in advance: six tokens from anywhere in the text, how does it go on? A probe beside the tasks,
     never trained or evolved on: [{method, length, score, logprob, seed}]."""
     rows = []
-    for times, method in itertools.product([times for times in config.report_at if times <= 4], ("full", "namm")):
+    for times, method in itertools.product([times for times in config.report_at if times <= 4], ("full", "namm", "namm_free")):
         rng = np.random.default_rng([config.seed, 9, times])
         batch = prompts(part, data.quote, config.report_prompts, rng, times * config.length, config.device)
         exact, _, logprob, _ = evaluate(gpt, batch, config, *rule(method, params, statistics, None, config))
@@ -831,14 +834,15 @@ def picture_needle(rows):
     """Share of needles found, depth down, length across, one panel a method: rows of `report`."""
     body = ['<text x="0" y="60">first</text><text x="0" y="148">last fifth</text>']
     lengths = sorted({row["length"] for row in rows})
-    for panel, method in enumerate(m for m in FAR if any(row["method"] == m for row in rows)):
+    methods = [method for method in FAR if any(row["method"] == method for row in rows)]
+    for panel, method in enumerate(methods):
         found = [[[row["depths"][depth] for row in rows if (row["task"], row["method"], row["length"]) == ("needle", method, n)
                    and row["depths"][depth] is not None] for n in lengths] for depth in range(5)]
         left = 70 + (20 + 28 * len(lengths)) * panel
         body += cells(left, 44, [[np.mean(x) if x else None for x in row] for row in found])
         body += [f'<text x="{left}" y="14">{method}</text>']
         body += [f'<text x="{left + 28 * column}" y="38" style="font-size:9px">{n}</text>' for column, n in enumerate(lengths)]
-    return svg(60 + len(FAR) * (20 + 28 * len(lengths)), 160, body)
+    return svg(60 + len(methods) * (20 + 28 * len(lengths)), 160, body)
 
 
 def picture_evolution(cost):
