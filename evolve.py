@@ -585,10 +585,13 @@ def stream(gpt, params, statistics, part, config):
 def curve(gpt, params, statistics, part, config):
     """Score against slots: [{method, length, capacity, slots, score, seed}], means over tasks. One evolved vector gives NAMM's
     whole curve: the best by its scores, as many as the `capacity` is. The baselines keep as many slots as it has. To save time
-    at most eight prompts a task, two beyond four times the training length, and none at eight times it."""
+    at most eight prompts a task, or a quarter of the report's, at most two, beyond four times the training length, and none at eight
+    times it."""
     rows = []
     for times in sorted(set(config.report_at) - {8}):
-        length, count = times * config.length, min(8 if times <= 4 else 2, config.far_prompts)
+        length, count = times * config.length, min(8, config.report_prompts) if times <= 4 else min(2, config.far_prompts // 4)
+        if not count:
+            continue
         batch = every_task(part, count, [config.seed, 7, length], length, config.device)
         for share in (1 / 4, 1 / 2, 1, 2, 4):
             capacity, slots = math.ceil(share * (config.capacity or config.delay)), None
