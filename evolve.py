@@ -485,10 +485,11 @@ def evolve(gpt, parts, config, log, state, keep):
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Report
 
-METHODS = ("namm", "namm_free", "full", "ntk", *(rule + whose for whose in ("", "_shared", "_last") for rule in namm.BASELINES))
+ALWAYS = ("namm", "namm_free", "full", "ntk")
+METHODS = (*ALWAYS, *(rule + whose for whose in ("", "_shared", "_last") for rule in namm.BASELINES))
 OTHERS = ("tova_shared", "snapkv_shared", "recent_last", "snapkv_last")
-NEAR = ("namm", "namm_free", "full", "ntk", *namm.BASELINES, *OTHERS)     # to report on, if --methods says nothing else
-FAR = ("namm", "namm_free", "full", "ntk", "streaming", "h2o", "tova", "snapkv", *OTHERS)    # beyond 4 x the training length
+NEAR = (*ALWAYS, *namm.BASELINES, *OTHERS)                                # to report on, if --methods says nothing else
+FAR = (*ALWAYS, "streaming", "h2o", "tova", "snapkv", *OTHERS)            # beyond 4 x the training length
 COLORS = {"namm": "#e8590c", "h2o": "#1c7ed6", "tova": "#2f9e44", "snapkv": "#be4bdb", "streaming": "#868e96", "full": "#c92a2a"}
 
 

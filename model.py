@@ -141,7 +141,7 @@ def attend(q, k, v, alive=None, weights=False):
             out = F.scaled_dot_product_attention(q.reshape(B, K, g * T, D), k, v, attn_mask=mask)
         return out.view(B, K, g, T, D), None
     out, received = [], torch.zeros(B, K, T, S, device=q.device)
-    dead = None if alive is None else torch.zeros(B, K, S, device=q.device).masked_fill(~alive, -math.inf)
+    dead = None if alive is None else torch.zeros(B, K, S, device=q.device).masked_fill(~alive, -math.inf)      # (B,K,S)
     at_once = PIECE if q.device.type == "cpu" else T
     for start in range(0, T, at_once):                                     # piece by piece: scores fit the cache of a CPU, and
         piece = q[:, :, :, start:start + at_once]                          # no piece looks at slots after it: twice as fast
@@ -150,7 +150,7 @@ def attend(q, k, v, alive=None, weights=False):
         scores = (piece.reshape(B, K, g * n, D) * D ** -0.5) @ k[:, :, :seen].transpose(-1, -2)          # (B,K,gn,seen)
         future = torch.full((n, n), -math.inf, device=q.device).triu(1)    # to add it takes a seventh of masked_fill's time
         scores.view(B, K, g, n, seen)[..., seen - n:] += future
-        if alive is not None:
+        if dead is not None:
             scores += dead[:, :, None, :seen]
         scores = scores.softmax(-1)
         out.append((scores.to(v.dtype) @ v[:, :, :seen]).view(B, K, g, n, D))

@@ -1011,10 +1011,15 @@ def start(*arguments):
     return process, said
 
 
-def run(*arguments):
-    process, said = start(*arguments)
+def finish(process, said):
+    """The end of what `start` began: its exit code, its output, its errors."""
     process.join()
-    return subprocess.CompletedProcess(arguments, process.exitcode, *said())
+    return subprocess.CompletedProcess("evolve.py", process.exitcode, *said())
+
+
+def run(*arguments):
+    """All of evolve.py with these arguments, in a process of its own."""
+    return finish(*start(*arguments))
 
 
 @pytest.fixture(scope="session")
@@ -1031,15 +1036,15 @@ def begun(request, tmp_path_factory, corpus):
     """The run that `smoke` waits for, begun before the first test if any will want it: it takes long, and one core."""
     if any("smoke" in item.fixturenames for item in request.session.items):
         settings = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--out", tmp_path_factory.mktemp("smoke") / "run"]
-        return *start(*settings), settings
+        return start(*settings), settings
 
 
 @pytest.fixture(scope="session")
 def smoke(begun):
     """(folder of a finished run of the whole program, small; its settings)."""
-    process, said, settings = begun
-    process.join()
-    assert process.exitcode == 0, said()[1]
+    started, settings = begun
+    done = finish(*started)
+    assert done.returncode == 0, done.stderr
     return settings[-1], settings
 
 
@@ -1205,7 +1210,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, corpus):
     and the report of a run never stopped. Catches: random state that is lost, a file half written or that cannot be read, a
     generation counted twice."""
     settings = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--steps", "120", "--generations", "5", "--report_at", "1"]
-    never_stopped, _ = start(*settings, "--out", tmp_path / "whole")
+    never_stopped = start(*settings, "--out", tmp_path / "whole")
     for file in ("training.pt", "gpt.pt", "evolution.pt", "report.pt"):    # as soon as the run has got so far
         process, said = start(*settings, "--out", tmp_path / "killed")
         while not (tmp_path / "killed" / file).exists() and process.is_alive():
@@ -1214,9 +1219,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, corpus):
             os.kill(process.pid, signal.SIGINT if file == "gpt.pt" else signal.SIGKILL)
             process.join(2)
         assert process.exitcode != 0 and (f"--resume {tmp_path / 'killed'}" in said()[1]) == (file == "gpt.pt")
-    done = run("--resume", tmp_path / "killed")
-    never_stopped.join()
-    assert done.returncode == never_stopped.exitcode == 0, done.stderr
+    for done in (run("--resume", tmp_path / "killed"), finish(*never_stopped)):
+        assert done.returncode == 0, done.stderr
     assert "from step" in (tmp_path / "killed" / "log.txt").read_text()
     for name in ("gpt.pt", "namm.pt"):
         a, b = (torch.load(tmp_path / folder / name, weights_only=True) for folder in ("whole", "killed"))
@@ -1241,9 +1245,8 @@ def test_a_full_disk_ends_in_a_line_and_leaves_nothing_half_written(tmp_path, co
     """Files may not grow above 100,000 bytes, so that the GPT cannot be saved. Catches: a traceback, a torn file, exit code 0."""
     process, said = start("--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--out", tmp_path / "run")
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
-    process.join()
-    errors = said()[1]
-    assert process.exitcode == 2 and "File too large" in errors and "--resume" in errors and "Traceback" not in errors
+    done = finish(process, said)
+    assert done.returncode == 2 and "File too large" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr
     assert {file.name for file in (tmp_path / "run").iterdir()} == {"config.json", "tokenizer.tiktoken", "log.txt"}
 
 
