@@ -31,16 +31,12 @@ SHARES = {"train": 0.64, "evolve": 0.14, "choose": 0.08, "report": 0.14}   # of 
 WORDS = {"values": 0.25, "evolve": 0.25, "choose": 0.10, "report": 0.25}   # of the words; to train: all other tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Documents
+# --- 1. Documents ----------------------------------------------------------------------------------------------------
 
 def documents(corpus=None):
-    """The texts to learn from, as a list of str.
-
-    Without `corpus`: the language reference (one document a topic) and the sources of the standard library (one a
-    file). With it: a file, or a folder's SUFFIXES files, cut into pieces of some 4,000 characters at blank lines if there
-    are few. Raises ValueError, with a line for the user, when there is nothing to read.
-    """
+    """The texts to learn from, [str]: without `corpus` the language reference (one document a topic) and the sources of the
+    standard library; with it a file, or a folder's SUFFIXES files, cut into pieces of some 4,000 characters at blank lines if there
+    are few. Raises ValueError, with a line for the user, when there is nothing to read."""
     if corpus is None:
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
         skip = {"site-packages", "pydoc_data", "__pycache__"}              # pydoc_data holds the reference once more
@@ -77,8 +73,7 @@ def split(texts):
     return parts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Tokeniser
+# --- 2. Tokeniser ----------------------------------------------------------------------------------------------------
 
 def learn_bpe(text, vocab_size):
     """Byte-pair ranks, {bytes: rank}: the 256 bytes, the ten " digit" pairs (so that a number is one token a digit),
@@ -124,7 +119,10 @@ def tokenizer(name, vocab_size, path, texts):
                              f"network once, or use --tokenizer learned") from None
     path = pathlib.Path(path)
     if path.exists():
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, path.read_text().splitlines())}
+        try:
+            ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, path.read_text().splitlines())}
+        except ValueError:
+            raise ValueError(f"{path}: damaged, or not a file of this program; take that of the run it belongs to") from None
     else:
         ranks = learn_bpe("\n".join(text[:2000] for text in texts)[:2_000_000], vocab_size)
     return tiktoken.Encoding("learned", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
@@ -136,8 +134,7 @@ def ranks_file(encoding):
     return "".join(f"{base64.b64encode(t).decode()} {rank(t)}\n" for t in encoding.token_byte_values())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Parts
+# --- 3. Parts --------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Part:
@@ -171,10 +168,9 @@ def make_parts(texts, encoding, longest, learned_from=None):
     """{part: Part} from split(texts). learned_from: the texts that a GPT was trained on, where these are others: the words are
     dealt by those, so that its answers are words that it has learned to answer with.
 
-    Words are the tokens that read " word"; the 64 most frequent are left out, since a key should be rare. They are dealt
-    to the parts, and some to all as answers. The keys to train on are all other tokens but numbers and white space: a small GPT
-    that sees few different keys learns those keys, and not how to look one up. Raises ValueError when a part is too
-    short for prompts of `longest` tokens, or when there are too few words.
+    Words are the tokens that read " word", without the 64 most frequent, dealt to the parts, and some to all as answers. The keys
+    to train on are all other tokens: a GPT that sees few different keys learns those, and not how to look one up. Raises ValueError
+    when a part is too short for prompts of `longest` tokens, or when there are too few words.
     """
     stream_of = lambda part: np.array([token for row in encoding.encode_ordinary_batch([text + "\n" for text in part])
                                        for token in row], dtype=np.int32)
@@ -201,8 +197,7 @@ def make_parts(texts, encoding, longest, learned_from=None):
                        encoding.decode) for name, stream in streams.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Tasks. Each is f(part, rng, n, room) -> context of n tokens, [(question, answer), ...] whose tokens fit in `room`
+# --- 4. Tasks. Each is f(part, rng, n, room) -> context of n tokens, [(question, answer), ...] whose tokens fit in `room` ---
 
 def weave(part, rng, lines, n):
     """Put `lines` (token lists), in their order, at random line ends of real text; n tokens in all."""
@@ -318,8 +313,7 @@ def quote(part, rng, n, room):
 TASKS = {task.__name__: task for task in (lm, needle, multikey, kv, passage, count, trace, copy)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Prompts as tensors
+# --- 5. Prompts as tensors -------------------------------------------------------------------------------------------
 
 @dataclass
 class Batch:
@@ -341,7 +335,7 @@ def room(length):
 
 def batch(part, tasks, rng, length):
     """One prompt for each of `tasks`, a name in TASKS or a function like them, as a Batch. Questions are asked one after
-    the other while they fit."""
+    the other while they fit. Raises ValueError for a task whose first does not."""
     n, pad = length - room(length), part.encode("\n")[0]
     tokens, answer = (np.full((len(tasks), length), fill, dtype=np.int64) for fill in (pad, 0))
     for i, task in enumerate(tasks):
@@ -353,6 +347,8 @@ def batch(part, tasks, rng, length):
                 break
             tokens[i, start:end] = np.concatenate([question, reply])
             answer[i, end - len(reply):end] = which
+        if not answer[i].any():
+            raise ValueError(f"task {getattr(task, '__name__', task)}: its first question and answer do not fit in {room(length)} tokens")
     return Batch(torch.from_numpy(tokens), torch.from_numpy(answer), n, list(tasks))
 
 
@@ -380,9 +376,8 @@ def told(tokens, answer, n):
 
 def training_batch(part, rng, rows, length, recall):
     """`rows` prompts of random tasks, and words to recall, (N, L-1): at a share `recall` of the places in a context where no word
-    of three letters or more stands, a word that was read before and will be asked for, any of them; -1 elsewhere. A large model
-    expects what was said to matter again, and its attention shows it, at some tokens more than at others. A tiny one's heads
-    learn that only if told to, and attention that nobody pays shows no manager what to keep."""
+    of three letters or more stands, any word that was read before and will be asked for; -1 elsewhere. A tiny GPT's attention does
+    not return to what was said unless told to, and attention that nobody pays shows no manager what to keep."""
     prompts = batch(part, rng.choice(list(TASKS), rows), rng, length)
     tokens, answer, words = prompts.tokens.numpy(), prompts.answer.numpy(), np.full((rows, length - 1), -1)
     for i, task in enumerate(prompts.tasks):

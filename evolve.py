@@ -12,6 +12,7 @@ Read in this order:
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import html
@@ -36,8 +37,7 @@ import namm
 from model import GPT, GPTConfig, read, summed, train, world
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Config
+# --- 1. Config -------------------------------------------------------------------------------------------------------
 
 def setting(default, help, choices=None):
     """A field of Config with its help, and all that it can be, if that is a few words."""
@@ -49,7 +49,7 @@ class Config:
     """Every setting; `python evolve.py --help` prints this list."""
     out: str = setting("", "folder of the run; runs/PRESET if not given")
     base: str = setting("", "folder of a finished run whose GPT, tokeniser, length and text to use instead of training")
-    eval: str = setting("", "folder of a finished run to report on again, at other lengths, texts or thresholds")
+    eval: str = setting("", "folder of a finished run to report on again: other lengths, texts, limits")
     seed: int = setting(0, "of everything: GPT, prompts, candidates")
     device: str = setting("", "if not given, cuda where there is one", ("cpu", "cuda"))
     # text
@@ -163,7 +163,7 @@ def parse(argv=None):
         given = {name: value for name, value in own.items() if name in taken} | given
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = given.pop("preset", "gpu" if device == "cuda" else "cpu")
-    config = Config(**{"out": f"runs/{preset}", **PRESETS[preset], **given, "device": device})
+    config = Config(**{"out": f"runs/{'bench' if action == 'bench' else preset}", **PRESETS[preset], **given, "device": device})
     check(config)
     return config, action
 
@@ -182,7 +182,8 @@ def check(c):
         (c.device == "cpu" or torch.cuda.is_available(), "--device cuda: this PyTorch finds no CUDA device"),
         (set(evolved) <= set(data.TASKS) and len(set(evolved)) == len(evolved),
          f"--evolve_on: one or more of {', '.join(data.TASKS)}, each once"),
-        (1 <= c.stages <= len(evolved), f"--stages is 1 to the number of tasks to evolve on, here {len(evolved)}"),
+        (1 <= c.stages <= min(len(evolved), c.generations),
+         f"--stages is 1 to the number of tasks to evolve on, here {len(evolved)}, and of generations"),
         (c.head_dim % 2 == 0 and c.head_dim > 2, "--head_dim must be even, and 4 or more"),
         (c.n_head % c.n_kv_head == 0, "--n_head must be a multiple of --n_kv_head"),
         (c.length >= 64 and c.length % 4 == 0, "--length must be a multiple of 4, and 64 or more"),
@@ -209,8 +210,7 @@ def precision(device):
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. CMA-ES
+# --- 2. CMA-ES -------------------------------------------------------------------------------------------------------
 
 class CMAES:
     """Covariance matrix adaptation evolution strategy, maximising. Names and equation numbers of the tutorial.
@@ -295,25 +295,20 @@ class CMAES:
 
     def state_dict(self):
         """All that changes, as tensors and numbers."""
-        return {name: getattr(self, name) for name in ("mean", "sigma", "generation", "p_sigma", "p_c", "C", "B", "D")}
+        return {name: copy.deepcopy(getattr(self, name)) for name in ("mean", "sigma", "generation", "p_sigma", "p_c", "C", "B", "D")}
 
     def load_state_dict(self, state):
         """Go on from state_dict() of a CMAES made with the same arguments."""
         vars(self).update({name: value.clone() if torch.is_tensor(value) else value for name, value in state.items()})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Prompts through the cache
+# --- 3. Prompts through the cache ------------------------------------------------------------------------------------
 
-@torch.no_grad()
 def evaluate(gpt, batch, config, manage=None, weights=False, copies=1):
-    """Read the contexts with the cache managed, then ask. Rows B = copies x prompts, if the manager makes copies.
+    """Read the contexts with the cache managed, then ask. Rows B = copies x prompts, if the manager makes copies. Returns four
+    (B,): exact, likelihood and logprob, means over a prompt's answers (1 if every token is the arg-max; exp of the mean
+    log-probability of its tokens; that mean), and cache, the share of the context's tokens in the cache when it is asked.
 
-    Returns four (B,), means over a prompt's answers, or over heads:
-      exact       1 for an answer whose every token is the arg-max: what greedy decoding would write
-      likelihood  of an answer's token: exp of the mean log-probability of its tokens
-      logprob     that mean itself, natural logarithm
-      cache       share of the context's tokens that is in the cache when the question is asked, mean over heads and layers
     At most `rows` rows are read at once, or, without a manager, as many tokens as those have at the training length. Out of memory,
     it goes on with half as many.
     """
@@ -322,7 +317,7 @@ def evaluate(gpt, batch, config, manage=None, weights=False, copies=1):
     while start < N:
         piece = batch.each(lambda x: x[start:start + max(1, config.rows // each)])
         try:
-            got = answers(gpt, piece, config, manage, weights)
+            got = scored(gpt, piece, config, manage, weights)
         except torch.OutOfMemoryError:
             if len(piece.tokens) == 1:
                 raise
@@ -334,7 +329,8 @@ def evaluate(gpt, batch, config, manage=None, weights=False, copies=1):
     return [torch.cat(pieces, dim=1).flatten(0, 1) for pieces in zip(*done)]
 
 
-def said(gpt, batch, config, manage, weights):
+@torch.no_grad()
+def ask(gpt, batch, config, manage, weights):
     """Read the contexts, then the questions with their true answers. B rows, M answer tokens in all: (row (M,), place after the
     context (M,), logits there (M,V), tokens asked for (M,), share of the cache kept (B,))."""
     n = batch.context
@@ -348,9 +344,9 @@ def said(gpt, batch, config, manage, weights):
         return row, at, gpt.output(hidden[row, at - 1]).float(), tokens[row, at], kept
 
 
-def answers(gpt, batch, config, manage, weights):
+def scored(gpt, batch, config, manage, weights):
     """What `evaluate` returns, in one go."""
-    row, at, logits, target, kept = said(gpt, batch, config, manage, weights)
+    row, at, logits, target, kept = ask(gpt, batch, config, manage, weights)
     logprob = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
     wrong = (logits.argmax(-1) != target).float()
     B, N, A = len(kept), len(batch.tokens), int(batch.answer.max()) + 1
@@ -363,11 +359,12 @@ def answers(gpt, batch, config, manage, weights):
     return mean(total(wrong) == 0), mean(logprob.exp()), mean(logprob), kept
 
 
-def manager(params, statistics, config, **changes):
-    """NAMM as the settings say, for params (P,n)."""
-    return namm.namm(params, *statistics, **{
+def manager(own, config, **changes):
+    """NAMM as the settings say, of what a namm.pt holds: params (n,), or (P,n), mean and std (F,)."""
+    params, mean, std = (own[name].to(config.device) for name in ("params", "mean", "std"))
+    return namm.namm(params.view(-1, params.shape[-1]), mean, std, **{
         "threshold": config.threshold, "capacity": config.capacity, "sees": config.features, "scorer": config.scorer,
-        "per_head": config.heads == "apart", "shared": config.n_layer * (config.slots == "shared"), **changes})
+        "per_head": config.heads == "apart", "shared": config.slots == "shared", **changes})
 
 
 def score(task, exact, logprob):
@@ -380,57 +377,49 @@ def prompts(part, task, count, rng, length, device):
     return data.batch(part, [task] * count, rng, length).each(lambda x: x.to(device))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Evolution
+# --- 4. Evolution ----------------------------------------------------------------------------------------------------
 
 def feature_statistics(gpt, part, config):
-    """Mean and standard deviation of the spectra over the full cache, (F,) each: collected once, then frozen."""
+    """{"mean", "std"} of the spectra over the full cache, (F,) each: collected once, then frozen."""
     totals = torch.zeros(3, namm.F, dtype=torch.float64, device=config.device)
     rng = np.random.default_rng([config.seed, 1])
     for task in config.evolve_on.split(","):
-        batch, rows = prompts(part, task, 8, rng, config.length * max(config.evolve_at), config.device), None
-        while rows != config.rows:                                         # again, if memory ran out: some were counted twice
-            own, rows = torch.zeros_like(totals), config.rows
-            evaluate(gpt, batch, config, namm.statistics(own, config.features), weights=True)
-        totals += own
-    return namm.mean_std(totals)
+        batch = prompts(part, task, 8, rng, config.length * max(config.evolve_at), config.device)
+        ask(gpt, batch, config, namm.statistics(totals, config.features), weights=True)
+    return dict(zip(("mean", "std"), namm.mean_std(totals)))
 
 
-def fitness(gpt, params, statistics, best, part, tasks, lengths, count, rng, config):
-    """(P,) fitness of params (P,n), or (1,) of the full cache for params None, and the share of the cache kept, mean over
+def fitness(gpt, own, best, part, tasks, lengths, count, rng, config):
+    """(P,) fitness of own["params"] (P,n), or (1,) of the full cache for None, and the share of the cache kept, mean over
     all. For each task at each of its lengths, on the same `count` prompts for all candidates: mean likelihood of the
     answers, divided by `best`, the full cache's at the training length; then the mean. The likelihood has no ties, as exact
     match has; and the paper's divisor, the full cache's score on the same prompts, is near 0 where it is to be beaten.
 
-    lengths(rng) draws, for one task, the lengths of its prompts in training lengths. Groups of candidates are dealt to the
-    processes of the run in turn; each process gets all the results."""
-    P, (rank, size), done = 1 if params is None else len(params), world(), 0
+    lengths(rng) draws, for one task, the lengths of its prompts in training lengths. Candidates are dealt to the processes of the
+    run in turn; each process gets all the results."""
+    P, (rank, size), done = len(own["params"]) if own else 1, world(), 0
     total = torch.zeros(2, P, device=config.device)                        # fitness, cache kept
-    if size > 1:                                                           # where memory ran out in one, all read fewer rows
-        torch.distributed.all_reduce(rows := torch.tensor(config.rows, device=config.device), torch.distributed.ReduceOp.MIN)
-        config.rows = rows.item()
-    groups = torch.arange(P, device=config.device).split(max(1, config.rows // count))       # candidates read at once
     for task in tasks:
         for times in lengths(rng):
             batch = prompts(part, task, count, rng, config.length * int(times), config.device)
-            for group in groups[(rank + done) % size::size]:
-                manage = None if params is None else manager(params[group], statistics, config)
-                _, likelihood, _, cache = evaluate(gpt, batch, config, manage, manage is not None, len(group))
-                got = torch.stack([likelihood / best[task], cache.float()])                  # (2,B)
-                total.index_add_(1, group, got.view(2, -1, count).mean(2))
+            at_once = max(1, config.rows // count)                         # candidates
+            for start in range((rank - done) % size, P, size * at_once):
+                group = slice(start, start + size * at_once, size)
+                manage = manager(own | {"params": own["params"][group]}, config) if own else None
+                _, likelihood, _, cache = evaluate(gpt, batch, config, manage, own is not None, len(range(P)[group]))
+                total[:, group] += torch.stack([likelihood / best[task], cache.float()]).view(2, -1, count).mean(2)
             done += 1
     total = summed(total).cpu() / done
     return total[0], total[1].mean().item()
 
 
 def evolve(gpt, parts, config, log, state, keep):
-    """Evolve the manager of the cache. Returns its parameters (4172,), the statistics of the features, and what it cost.
+    """Evolve the manager of the cache. Returns what namm.pt holds: params (4172,), the features' mean and std, and what it cost.
     keep(state) is called after each generation; from that state evolution goes on to the same bits.
 
-    Fresh prompts each generation, one more task in each stage. A candidate's fitness is noisy, and so is each step of the mean
-    of the search distribution; what is kept is an average of the means, the last ten of which count most, and of these averages
-    the one with the best fitness on the prompts to choose by, which are always the same and never evolved on. Generation 0, all
-    zeros, drops nothing of its own accord: then only the capacity evicts."""
+    Prompts are fresh in each generation, and fitness is noisy: so what is kept is an average of the means of the search
+    distribution, the last ten of which count most, and of these averages the one that does best on the prompts to choose by, always
+    the same and never evolved on. Generation 0, all zeros, drops nothing of its own accord: then only the capacity evicts."""
     evolved, part = config.evolve_on.split(","), parts["evolve"]
     statistics, rng = feature_statistics(gpt, part, config), np.random.default_rng([config.seed, 5])
     best = {task: evaluate(gpt, prompts(part, task, 16, rng, config.length, config.device), config)[1].mean().item()
@@ -439,8 +428,8 @@ def evolve(gpt, parts, config, log, state, keep):
     tasks_at = lambda g: evolved[:first + config.stages * max(0, g - 1) // config.generations]
     scale = namm.scale(config.scorer)                                      # one step size fits all weights
     es = CMAES(torch.zeros(len(scale)), config.sigma, config.popsize, config.seed, config.covariance == "diagonal")
-    validate = lambda params: fitness(                                     # on prompts that are the same each time
-        gpt, params, statistics, best, parts["choose"], evolved, lambda rng: config.evolve_at, config.choose_prompts,
+    validate = lambda own: fitness(                                        # on prompts that are the same each time
+        gpt, own, best, parts["choose"], evolved, lambda rng: config.evolve_at, config.choose_prompts,
         np.random.default_rng([config.seed, 3]), config)
     [full], _ = validate(None)
     state = state or dict(next=0, es=es.state_dict(), average=es.mean, highest=-math.inf, seconds=0.0, history=[],
@@ -454,16 +443,16 @@ def evolve(gpt, parts, config, log, state, keep):
         began, tasks = time.time(), tasks_at(g)
         of_all, of_mean, point = " " * 33, " " * 20, {"generation": g, "sigma": es.sigma}
         if g:
-            candidates = (es.ask() * scale).float().to(config.device)
-            got, kept = fitness(gpt, candidates, statistics, best, part, tasks, lambda rng: [rng.choice(config.evolve_at)],
-                                config.prompts, np.random.default_rng([config.seed, 2, g]), config)
+            candidates = statistics | {"params": (es.ask() * scale).float()}
+            got, kept = fitness(gpt, candidates, best, part, tasks, lambda rng: [rng.choice(config.evolve_at)], config.prompts,
+                                np.random.default_rng([config.seed, 2, g]), config)
             es.tell(got)
             state["average"] = state["average"] + (es.mean - state["average"]) / min(g, 10)
             of_all = f"{got.mean():19.3f} {got.max():6.3f} {kept:6.1%}"
             point |= {"candidates": got.mean().item(), "best": got.max().item(), "cache": kept}
         if g % config.validate == 0 or g == config.generations:
             mean = (state["average"] * scale).float()
-            [value], kept = validate(mean[None].to(config.device))
+            [value], kept = validate(statistics | {"params": mean[None]})
             better = g > 0 and value > state["highest"]
             if better:
                 state |= {"highest": value.item(), "chosen": mean}
@@ -479,23 +468,23 @@ def evolve(gpt, parts, config, log, state, keep):
             "passed the full cache at generation": next(passed, None), "seconds": time.time() - start,
             "candidate prompts read": config.popsize * config.prompts * sum(len(tasks_at(g + 1)) for g in range(config.generations))}
     log(f"evolution: {json.dumps(cost)}")
-    return state["chosen"], statistics, cost | {"history": state["history"]}
+    return {name: x.cpu() for name, x in statistics.items()} | {
+        "params": state["chosen"], "cost": cost | {"history": state["history"]}}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Report
+# --- 5. Report -------------------------------------------------------------------------------------------------------
 
 ALWAYS = ("namm", "namm_free", "full", "ntk")
 METHODS = (*ALWAYS, *(rule + whose for whose in ("", "_shared", "_last") for rule in namm.BASELINES))
-OTHERS = ("tova_shared", "snapkv_shared", "recent_last", "snapkv_last")
+OTHERS = ("tova_shared", "snapkv_shared", "attended_shared", "recent_last", "snapkv_last", "attended_last")
 NEAR = (*ALWAYS, *namm.BASELINES, *OTHERS)                                # to report on, if --methods says nothing else
 FAR = (*ALWAYS, "streaming", "h2o", "tova", "snapkv", *OTHERS)            # beyond 4 x the training length
 COLORS = {"namm": "#e8590c", "h2o": "#1c7ed6", "tova": "#2f9e44", "snapkv": "#be4bdb", "streaming": "#868e96", "full": "#c92a2a"}
 
 
-def every_task(part, count, seed, length, device):
+def every_task(part, count, seed, length, device, tasks=tuple(data.TASKS)):
     """`count` prompts of each task, task by task, in one Batch on the device. seed: a list of numbers."""
-    batches = [prompts(part, task, count, np.random.default_rng([*seed, t]), length, device) for t, task in enumerate(data.TASKS)]
+    batches = [prompts(part, task, count, np.random.default_rng([*seed, t]), length, device) for t, task in enumerate(tasks)]
     return dataclasses.replace(batches[0], tokens=torch.cat([batch.tokens for batch in batches]),
                                answer=torch.cat([batch.answer for batch in batches]))
 
@@ -506,28 +495,26 @@ def slots_of(share, n, config):
     return share * n - (n % config.delay if n >= config.delay else 0)
 
 
-def rule(method, params, statistics, slots, config):
-    """(manager, does it look at the attention) of a method's name. slots: what NAMM kept in the mean; see `report`."""
+def rule(method, solution, slots, config):
+    """(manager, does it look at the attention) of a method's name. `namm_free` is NAMM without the limit it was evolved with, as
+    in the paper; `ntk` the full cache, its rotary base scaled by the caller. slots: what `namm` kept in the mean, and so what a
+    baseline gets in each layer, or in the mean over layers if it ends in `_shared` or `_last` (in the last layer first)."""
     if method in ("full", "ntk"):
         return None, False
     if method in ("namm", "namm_free"):
-        limit = {"capacity": 0} if method == "namm_free" else {}
-        return manager(params[None].to(config.device), statistics, config, **limit), True
-    name, shared, last = method.split("_")[0], method.endswith("_shared"), method.endswith("_last")
+        return manager(solution, config, **({"capacity": 0} if method == "namm_free" else {})), True
+    name, shared, last = re.sub("_(shared|last)$", "", method), method.endswith("_shared"), method.endswith("_last")
     budget = max(1, math.ceil(slots - 1e-9))                               # a mean of 40, if rounding puts it just above
-    return namm.baseline(name, budget, config.seed, shared * config.n_layer, last * config.n_layer), name in namm.ATTENTIVE
+    return namm.baseline(name, budget, config.seed, shared, last), name in namm.ATTENTIVE
 
 
-def report(gpt, params, statistics, part, config):
+def report(gpt, solution, part, config):
     """Every method on every task and length: [{method, task, length, score, logprob, relative, cache, seed, ...}].
 
-    All methods answer the same prompts; those that evict read them in the same blocks, the others in one go. `namm_free` is NAMM
-    without the limit that it was evolved with: what scores below the threshold goes and nothing else, as in the paper. The baselines
-    keep as many slots in each layer as `namm` has on average at that length; those that end in `_shared`, as many in the mean over
-    layers, as NAMM may, and those that end in `_last` too, in the last layer as far as it has them. `ntk` is the full cache with
-    the rotary base scaled to the length, as one would extend a GPT's context without training. `lead`: NAMM's score minus the
-    method's; `lead_se`, its standard error over prompts, paired. `seconds`: for the prompts of all tasks, divided by the number of
-    tasks. For needle, `depths`: the score by where it was, in five equal parts of the context."""
+    All methods answer the same prompts; those that evict read them in the same blocks, the others in one go. See README for the
+    methods, and for their slots `rule`. `lead`: NAMM's score minus the method's; `lead_se`, its standard error over prompts, paired.
+    `seconds`: for the prompts of all tasks, divided by the number of tasks. For needle, `depths`: the score by where it was, in
+    five equal parts of the context."""
     wanted, rows = [m for m in METHODS if m in config.methods.split(",")], []
     chosen = {times: wanted or (NEAR if times <= 4 else FAR) for times in config.report_at}
     bar = tqdm(total=sum(map(len, chosen.values())), desc="report", mininterval=1, dynamic_ncols=True, disable=None)
@@ -538,7 +525,7 @@ def report(gpt, params, statistics, part, config):
         for method in chosen[times]:
             began = time.time()
             gpt.config.rope_scale = config.rope_scale * (times if method == "ntk" else 1)
-            got = [x.cpu() for x in evaluate(gpt, batch, config, *rule(method, params, statistics, slots, config))]
+            got = [x.cpu() for x in evaluate(gpt, batch, config, *rule(method, solution, slots, config))]
             taken = time.time() - began
             if method == "namm":
                 slots = slots_of(got[3].mean().item(), batch.context, config)
@@ -561,14 +548,14 @@ def report(gpt, params, statistics, part, config):
 
 
 @torch.no_grad()
-def stream(gpt, params, statistics, part, config):
+def stream(gpt, solution, part, config):
     """Bits per token of held-out text, read on and on, block by block: [{method, from, to, bits, cache}], positions in tokens.
     The baselines keep as many slots as NAMM has at the end."""
     rng, rows, slots = np.random.default_rng([config.seed, 6]), [], None
     ends = [times * config.length for times in config.report_at]
     text = torch.from_numpy(np.stack([part.text(rng, ends[-1]) for _ in range(min(16, config.rows))])).long().to(config.device)
     for method in ("namm", "namm_free", "full", "recent", "streaming", "h2o", "tova"):
-        manage, weights = rule(method, params, statistics, slots, config)
+        manage, weights = rule(method, solution, slots, config)
         cache, bits = gpt.new_cache(len(text), config.positions == "renumbered"), []
         for block in text.split(config.delay, dim=1):
             with precision(config.device):
@@ -583,11 +570,10 @@ def stream(gpt, params, statistics, part, config):
     return rows
 
 
-def curve(gpt, params, statistics, part, config):
+def curve(gpt, solution, part, config):
     """Score against slots: [{method, length, capacity, slots, score, seed}], means over tasks. One evolved vector gives NAMM's
-    whole curve: the best by its scores, as many as the `capacity` is. The baselines keep as many slots as it has. To save time
-    at most eight prompts a task, or a quarter of the report's, at most two, beyond four times the training length, and none at eight
-    times it."""
+    whole curve: the best by its scores, as many as the `capacity` is; the baselines keep as many. To save time few prompts a task,
+    fewer beyond four times the training length, and none at eight times it."""
     rows = []
     for times in sorted(set(config.report_at) - {8}):
         length, count = times * config.length, min(8, config.report_prompts) if times <= 4 else min(2, config.far_prompts // 4)
@@ -598,7 +584,7 @@ def curve(gpt, params, statistics, part, config):
             capacity, slots = math.ceil(share * (config.capacity or config.delay)), None
             cut = dataclasses.replace(config, capacity=capacity, threshold=-math.inf)            # only the capacity evicts
             for method in ("namm", "streaming", "h2o", "tova", "snapkv"):
-                exact, _, logprob, cache = evaluate(gpt, batch, cut, *rule(method, params, statistics, slots, cut))
+                exact, _, logprob, cache = evaluate(gpt, batch, cut, *rule(method, solution, slots, cut))
                 slots = slots or slots_of(cache.mean().item(), batch.context, config)
                 got = zip(data.TASKS, exact.chunk(len(data.TASKS)), logprob.chunk(len(data.TASKS)))
                 rows.append(dict(method=method, length=length, capacity=capacity, slots=slots, seed=config.seed,
@@ -607,11 +593,11 @@ def curve(gpt, params, statistics, part, config):
 
 
 @torch.no_grad()
-def watch(gpt, params, statistics, batch, config):
+def watch(gpt, solution, batch, config):
     """What becomes of each of the n tokens of N contexts, a dict for each layer: lives (N,K,n) bool, at the end; score (N,K,n),
     the last, NaN for a token never judged; spectrum (N,K,n,F), the last moving average of complete frames; seen [(K,n,F)],
     the first prompt's after each block, zero where the token is gone."""
-    manage, n = manager(params[None].to(config.device), statistics, config), batch.context
+    manage, n = manager(solution, config), batch.context
     new = lambda *last: batch.tokens.new_zeros(len(batch.tokens), config.n_kv_head, n, *last, dtype=torch.float)
     fate = [{"lives": new() == 0, "score": new() / 0, "spectrum": new(namm.F), "seen": []} for _ in gpt.layers]
 
@@ -633,48 +619,43 @@ def watch(gpt, params, statistics, batch, config):
     return fate
 
 
-def anatomy(gpt, params, statistics, part, config):
+def anatomy(gpt, solution, part, config):
     """What NAMM keeps: [{layer, head, kind, kept, spectrum_kept, spectrum_dropped, seed}], over prompts of all tasks but
-    `lm` at the longest length of evolution. `kept`: share of the tokens of a kind that lives at the end of the context; beside it
-    the mean spectra (F,) of those that stayed and of those that went, each when it was last judged."""
-    rows, found = [], {}
-    for t, task in enumerate(task for task in data.TASKS if task != "lm"):
-        rng = np.random.default_rng([config.seed, 8, t])
-        batch = prompts(part, task, 8, rng, config.length * max(config.evolve_at), config.device)
-        tokens, place = batch.tokens[:, :batch.context], torch.arange(batch.context, device=config.device)
-        asked = torch.zeros_like(tokens, dtype=torch.bool)
-        for row, own, answer in zip(asked, batch.tokens.cpu().numpy(), batch.answer.cpu().numpy()):
-            row[data.told(own, answer, batch.context)] = True
-        ends = torch.from_numpy(part.ends_line).to(tokens.device)[tokens]
-        kinds = {"all": place >= 0, "to be asked for": asked, "before such a token": asked.roll(-1, 1) & ~asked,
-                 "first four": place < 4, "newest 32": place >= batch.context - 32, "line ends": ends & ~asked}
-        for layer, fate in enumerate(watch(gpt, params, statistics, batch, config)):
-            for head, (kind, mask) in itertools.product(range(config.n_kv_head), kinds.items()):
-                own = fate["lives"][:, head], fate["score"][:, head].isfinite(), fate["spectrum"][:, head]
-                found.setdefault((layer, head, kind), []).append([x[mask.expand_as(asked)] for x in own])
+    `lm` at the longest length of evolution: share of the tokens of a kind that lives at the end of the context, and the mean
+    spectra (F,) of those that stayed and of those that went, each when it was last judged."""
+    rows, tasks = [], [task for task in data.TASKS if task != "lm"]
+    batch = every_task(part, 8, [config.seed, 8], config.length * max(config.evolve_at), config.device, tasks)
+    tokens, place = batch.tokens[:, :batch.context], torch.arange(batch.context, device=config.device)
+    asked = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, own, answer in zip(asked, batch.tokens.cpu().numpy(), batch.answer.cpu().numpy()):
+        row[data.told(own, answer, batch.context)] = True
+    ends = torch.from_numpy(part.ends_line).to(tokens.device)[tokens]
+    kinds = {"all": place >= 0, "to be asked for": asked, "before such a token": asked.roll(-1, 1) & ~asked,
+             "first four": place < 4, "newest 32": place >= batch.context - 32, "line ends": ends & ~asked}
     mean = lambda x: x.mean(0).nan_to_num().tolist()                       # 0 for the mean of none
-    for (layer, head, kind), pieces in found.items():
-        lives, judged, spectrum = (torch.cat(x) for x in zip(*pieces))     # (M,), (M,), (M,F): all tokens of the kind
-        rows.append(dict(layer=layer, head=head, kind=kind, kept=mean(lives.double()), seed=config.seed,
-                         spectrum_kept=mean(spectrum[judged & lives]), spectrum_dropped=mean(spectrum[judged & ~lives])))
+    for layer, fate in enumerate(watch(gpt, solution, batch, config)):
+        for head, (kind, mask) in itertools.product(range(config.n_kv_head), kinds.items()):
+            lives, score, spectrum = (fate[name][:, head][mask.expand_as(asked)] for name in ("lives", "score", "spectrum"))
+            judged = score.isfinite()                                      # (M,), as lives; spectrum (M,F): all tokens of the kind
+            rows.append(dict(layer=layer, head=head, kind=kind, kept=mean(lives.double()), seed=config.seed,
+                             spectrum_kept=mean(spectrum[judged & lives]), spectrum_dropped=mean(spectrum[judged & ~lives])))
     return rows
 
 
-def lost(gpt, params, statistics, part, config):
+def lost(gpt, solution, part, config):
     """What no manager can know in advance: six tokens from anywhere in the text, how does it go on? A probe beside the tasks,
     never trained or evolved on: [{method, length, score, logprob, seed}]."""
     rows = []
     for times, method in itertools.product([times for times in config.report_at if times <= 4], ("full", "namm", "namm_free")):
         rng = np.random.default_rng([config.seed, 9, times])
         batch = prompts(part, data.quote, config.report_prompts, rng, times * config.length, config.device)
-        exact, _, logprob, _ = evaluate(gpt, batch, config, *rule(method, params, statistics, None, config))
+        exact, _, logprob, _ = evaluate(gpt, batch, config, *rule(method, solution, None, config))
         rows.append(dict(method=method, length=times * config.length, score=exact.mean().item(),
                          logprob=logprob.mean().item(), seed=config.seed))
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Files, tables, pictures
+# --- 6. Files, tables, pictures --------------------------------------------------------------------------------------
 
 def save(path, content):
     """Write text, or a dict of tensors and numbers, beside `path`, then move it there: after a crash the file is whole, or as it
@@ -715,9 +696,17 @@ def spread(values, digits=2):
     return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
-def lead(rows):
-    """How much NAMM's mean over tasks and seeds is above a method's, from that method's rows: (mean, half a 95 % interval)."""
-    return np.mean([row["lead"] for row in rows]), 1.96 * math.sqrt(sum(row["lead_se"] ** 2 for row in rows)) / len(rows)
+def lead(rows, method, n):
+    """How much NAMM's mean over tasks and seeds is above a method's at n tokens, and half a 95 % interval over prompts, as text."""
+    own = [row for row in rows if (row["method"], row["length"]) == (method, n)]
+    half = 1.96 * math.sqrt(sum(row["lead_se"] ** 2 for row in own)) / len(own)
+    return f"{np.mean([row['lead'] for row in own]):+.3f} ± {half:.3f}" if method != "namm" else ""
+
+
+def markdown(title, head, lines):
+    """Markdown, line by line: a title, and a table of these cells, all text; nothing if it has no lines."""
+    head, *lines = (f"| {' | '.join(cells)} |" for cells in (head, *lines))
+    return [f"\n{title}\n", head, "|---" * (head.count(" | ") + 1) + "|", *lines] if lines else []
 
 
 def means(rows):
@@ -746,17 +735,13 @@ def table(rows, evolved):
     of the seeds. evolved: the tasks NAMM was evolved on. Relative: ratio of the means over all tasks. Ahead: how much NAMM's
     mean over all tasks is above the method's, with a 95 % interval over prompts."""
     over, text, others = means(rows), [], unseen(evolved)
+    head = ["method", *data.TASKS, "evolved on", "other tasks", "all", "relative", "cache", "NAMM ahead"]
     for n in sorted({row["length"] for row in rows}):
-        text += [f"\n{n} tokens\n",
-                 f"| method | {' | '.join(data.TASKS)} | evolved on | other tasks | all | relative | cache | NAMM ahead |",
-                 "|---" * (len(data.TASKS) + 7) + "|"]
-        for method in dict.fromkeys(row["method"] for row in rows if row["length"] == n):
-            own = [row for row in rows if (row["method"], row["length"]) == (method, n)]
-            text.append(f"| {method} | " + " | ".join(f"{over(method, n, (task,)).mean():.2f}" for task in data.TASKS)
-                        + f" | {spread(over(method, n, evolved))} | {spread(over(method, n, others)) if others else ''} | "
-                        f"{spread(over(method, n), 3)} | {spread(ratio(over(method, n), over('full', n)))} | "
-                        f"{over(method, n, key='cache').mean():.2f} | "
-                        + ("" if method == "namm" else "{:+.3f} ± {:.3f}".format(*lead(own))) + " |")
+        text += markdown(f"{n} tokens", head, [
+            [method, *(f"{over(method, n, (task,)).mean():.2f}" for task in data.TASKS), spread(over(method, n, evolved)),
+             spread(over(method, n, others)) if others else "", spread(over(method, n), 3),
+             spread(ratio(over(method, n), over("full", n))), f"{over(method, n, key='cache').mean():.2f}", lead(rows, method, n)]
+            for method in dict.fromkeys(row["method"] for row in rows if row["length"] == n)])
     return "\n".join(text) + "\n"
 
 
@@ -765,21 +750,17 @@ def claims(rows, evolved):
     cache at the shortest length, where the GPT is at its best, and beside the best hand-made rule. Means over tasks, then over
     seeds; relative is a ratio of means, since a full cache's score near 0 would blow up the mean of the ratios."""
     over, reported = means(rows), lambda methods: {row["length"] for row in rows if row["method"] in methods}
-    lengths = sorted(reported(["ntk"]) & reported(namm.BASELINES))
-    if not lengths:                                                        # with --methods
-        return ""
-    text = ["| tokens | full cache | NTK | NAMM | relative | cache | of the best: evolved on | other tasks | all | best rule | "
-            "NAMM ahead |", "|---" * 11 + "|"]
+    lengths, lines = sorted(reported(["ntk"]) & reported(namm.BASELINES)), []                # none with --methods
     for n in lengths:
         rules = {row["method"] for row in rows if row["length"] == n} & set(namm.BASELINES)
         best = max(sorted(rules), key=lambda method: over(method, n).mean())
         of_best = [spread(ratio(over("namm", n, tasks), over("full", lengths[0], tasks))) if tasks else ""
                    for tasks in (evolved, unseen(evolved), list(data.TASKS))]
-        text.append(f"| {n} | {spread(over('full', n))} | {spread(over('ntk', n))} | {spread(over('namm', n))} | "
-                    f"{spread(ratio([over('namm', n).mean()], [over('full', n).mean()]))} | "
-                    f"{over('namm', n, key='cache').mean():.3f} | {' | '.join(of_best)} | {best} {spread(over(best, n))} | "
-                    + "{:+.3f} ± {:.3f} |".format(*lead([row for row in rows if (row["method"], row["length"]) == (best, n)])))
-    return "\n".join(text) + "\n"
+        lines.append([f"{n}", *(spread(over(method, n)) for method in ("full", "ntk", "namm")),
+                      spread(ratio([over("namm", n).mean()], [over("full", n).mean()])),
+                      f"{over('namm', n, key='cache').mean():.3f}", *of_best, f"{best} {spread(over(best, n))}", lead(rows, best, n)])
+    return "\n".join(markdown("", ["tokens", "full cache", "NTK", "NAMM", "relative", "cache", "of the best: evolved on",
+                                   "other tasks", "all", "best rule", "NAMM ahead"], lines)).lstrip() + "\n"
 
 
 def svg(width, height, body):
@@ -872,22 +853,19 @@ def grid(title, rows, column, cell, digits=2):
     for row in rows:
         found.setdefault(row["method"], {}).setdefault(column(row), []).append(cell(row))
     columns = list(dict.fromkeys(map(column, rows)))
-    lines = [f"\n{title}\n", f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"] if rows else []
-    return lines + [f"| {method} | " + " | ".join(f"{np.mean(own[c]):.{digits}f}" if c in own else "" for c in columns) + " |"
-                    for method, own in found.items()]
+    return markdown(title, ["method", *columns], [
+        [method, *(f"{np.mean(own[c]):.{digits}f}" if c in own else "" for c in columns)] for method, own in found.items()])
 
 
 def changes(groups):
     """Markdown, a line for each group of runs, {what they changed: runs}: NAMM's score, the full cache's, share of the cache."""
-    lengths = sorted({row["length"] for group in groups.values() for run in group for row in run["report"]})
-    text = ["\n| changed | runs | " + " | ".join(f"{n} tokens: score, full cache's, cache" for n in lengths) + " |",
-            "|---" * (len(lengths) + 2) + "|"]
+    lengths, lines = sorted({row["length"] for group in groups.values() for run in group for row in run["report"]}), []
     for change, group in groups.items():
         of = means([row for run in group for row in run["report"]])
-        text.append(f"| {change or 'nothing'} | {len(group)} | " + " | ".join(
+        lines.append([change or "nothing", f"{len(group)}", *(
             f"{spread(of('namm', n), 3)}, {of('full', n).mean():.3f}, {of('namm', n, key='cache').mean():.2f}"
-            if len(of("namm", n)) else "" for n in lengths) + " |")
-    return text
+            if len(of("namm", n)) else "" for n in lengths)])
+    return markdown("", ["changed", "runs", *(f"{n} tokens: score, full cache's, cache" for n in lengths)], lines)
 
 
 def summary(paths):
@@ -934,14 +912,14 @@ def summary(paths):
         save(pathlib.Path(paths[0]).parent / f"{name}.svg", pictures[name])
 
 
-def example(gpt, params, statistics, part, config, task="needle"):
+def example(gpt, solution, part, config, task="needle"):
     """One prompt for people, of 1024 tokens, or the training length if more, no longer than evolution saw: {task, length,
     text [n], asked [{question, answer, full, namm}], heads [name], and for each head what `watch` gives: lives [n], score [n],
     spectrum [n][F], seen [blocks][n][F]}."""
     length = min(config.length * max(config.evolve_at), max(config.length, 1024))
     batch = prompts(part, task, 1, np.random.default_rng([config.seed, 10]), length, config.device)
     tokens, answer, n = batch.tokens[0].tolist(), batch.answer[0], batch.context
-    replies = {method: said(gpt, batch, config, *rule(method, params, statistics, None, config))[2].argmax(-1).tolist()
+    replies = {method: ask(gpt, batch, config, *rule(method, solution, None, config))[2].argmax(-1).tolist()
                for method in ("full", "namm")}
     asked, start, done = [], n, 0
     for which in range(1, int(answer.max()) + 1):
@@ -950,7 +928,7 @@ def example(gpt, params, statistics, part, config, task="needle"):
         own |= {method: reply[done:done + len(at)] for method, reply in replies.items()}
         asked.append({name: part.decode(piece) for name, piece in own.items()})
         start, done = at[-1] + 1, done + len(at)
-    fate = watch(gpt, params, statistics, batch, config)
+    fate = watch(gpt, solution, batch, config)
     heads = list(itertools.product(range(config.n_layer), range(config.n_kv_head)))
     return dict(task=task, length=len(tokens), text=[part.decode([token]) for token in tokens[:n]], asked=asked,
                 heads=[f"layer {layer}, head {head}" for layer, head in heads],
@@ -1049,8 +1027,7 @@ def page(result, shown):
     return f"{PAGE}<h1>NAMM: what a run gave</h1>{body}<script>const shown = {block};{SCRIPT}</script></body></html>"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Speed: python evolve.py --bench
+# --- 7. Speed: python evolve.py --bench ------------------------------------------------------------------------------
 
 def seconds(f, device, again=3):
     """Median time of f() `again` times, after one call that is not counted; of that one, if there is no other."""
@@ -1078,30 +1055,28 @@ def percent(parts, total):
     return {name: f"{part / total:.0%}" for name, part in parts.items()}
 
 
-def bench_reading(gpt, params, statistics, part, config):
+def bench_reading(gpt, solution, part, config):
     """Print how fast text is read, against context length: by the rivals, attention fused, and eager, which makes one matrix of a
     block's weights, as usual; by NAMM with nothing evicted, and as it is; and where the time goes."""
     device, delay, rows, piece = config.device, config.delay, min(4, config.rows), model.PIECE
     kinds = {"full cache, fused": (None, False), "full cache, eager": (None, True), "eager, in pieces": (None, True),
-             "NAMM, nothing evicted": (manager(0 * params[None], statistics, config, capacity=0, threshold=-math.inf), True),
-             "NAMM": (manager(params[None], statistics, config), True)}
+             "NAMM, nothing evicted": (manager(solution, config, capacity=0, threshold=-math.inf), True),
+             "NAMM": (manager(solution, config), True)}
     print(f"{rows} rows, blocks of {delay} tokens, {torch.get_num_threads()} threads, {device}; tokens a second, and most slots a "
           "layer\n\n"
           f"| tokens | {' | '.join(kinds)} | slots in memory, full cache | NAMM |\n" + "|---" * (len(kinds) + 3) + "|")
     for times in config.report_at:
         text = torch.from_numpy(np.stack([part.text(np.random.default_rng(i), times * config.length)
                                           for i in range(rows)])).long().to(device)
-        taken, slots, held = {kind: [] for kind in kinds}, {}, []
+        taken, slots = {kind: [] for kind in kinds}, {}
         for again, (kind, (manage, weights)) in itertools.product(range(4), kinds.items()):        # in turn: one noise for all
             model.PIECE, slots[kind] = delay if kind == "full cache, eager" else piece, 0          # eager as usual: one matrix
 
-            def watched(layer, cache, received):
-                """The manager; notes the most slots that were in memory, mean over layers."""
-                held[layer:] = [cache.keys.shape[2]]                       # before the eviction: survivors and a block
-                if layer == config.n_layer - 1:
-                    slots[kind] = max(slots[kind], math.ceil(np.mean(held)))
+            def watched(cache, received):
+                """The manager; notes the most slots that were in memory, mean over layers: survivors and a block."""
+                slots[kind] = max(slots[kind], math.ceil(np.mean([layer.keys.shape[2] for layer in cache])))
                 if manage:
-                    manage(layer, cache, received)
+                    manage(cache, received)
 
             def whole():
                 """Read the text from an empty cache."""
@@ -1117,21 +1092,19 @@ def bench_reading(gpt, params, statistics, part, config):
     print("\nshares of the time with NAMM, at the longest:", percent({"GPT": total - sum(own.values()), **own}, total))
 
 
-def bench(config, parts, gpt, evolved):
-    """Print what everything costs on this device: reading, a population, CMA-ES, pre-training. evolved: what a namm.pt holds; None
+def bench(config, parts, gpt, solution):
+    """Print what everything costs on this device: reading, a population, CMA-ES, pre-training. solution: what a namm.pt holds; None
     for random parameters, which evict about half."""
     device = config.device
-    if evolved is None:
-        mean, std = feature_statistics(gpt, parts["evolve"], config)
+    if solution is None:
         noise = np.random.default_rng(config.seed).standard_normal(len(namm.scale(config.scorer)))
-        evolved = {"params": torch.from_numpy(noise).float(), "mean": mean, "std": std}
-    params, *statistics = evolved["params"].to(device), evolved["mean"].to(device), evolved["std"].to(device)
-    bench_reading(gpt, params, statistics, parts["report"], config)
+        solution = feature_statistics(gpt, parts["evolve"], config) | {"params": torch.from_numpy(noise).float()}
+    bench_reading(gpt, solution, parts["report"], config)
     batch = prompts(parts["evolve"], "multikey", 1, np.random.default_rng(0), 4 * config.length, device)
     for popsize in (1, config.popsize, 2 * config.popsize):
-        candidates = params + 0.1 * torch.randn(popsize, len(params), device=device)
-        groups = candidates.split(config.rows)
-        took = seconds(lambda: [evaluate(gpt, batch, config, manager(group, statistics, config), True) for group in groups], device)
+        groups = [solution | {"params": solution["params"] + 0.1 * torch.randn(len(some), len(solution["params"]))}
+                  for some in torch.arange(popsize).split(config.rows)]
+        took = seconds(lambda: [evaluate(gpt, batch, config, manager(group, config), True) for group in groups], device)
         print(f"{popsize} candidates x 1 prompt of {batch.tokens.shape[1]} tokens: {popsize / took:.1f} a second")
     for diagonal in (True, False):
         es = CMAES(torch.zeros(namm.N_PARAMS), 0.6, 32, diagonal=diagonal)
@@ -1153,13 +1126,10 @@ def bench(config, parts, gpt, evolved):
     for name, own in alone.items():
         kind = "attention" if "attention" in name else "matrix products" if name.endswith("mm") else "all else, which moves memory"
         kinds[kind] = kinds.get(kind, 0) + own
-    total, most = sum(alone.values()), sorted(alone, key=alone.get)[:-9:-1]
-    print(f"of it the operations take {total / took:.0%}; of these {percent(kinds, total)}; most of all "
-          f"{percent({name: alone[name] for name in most}, total)}")
+    print(f"of it the operations take {sum(alone.values()) / took:.0%}; of these {percent(kinds, sum(alone.values()))}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. Main
+# --- 8. Main ---------------------------------------------------------------------------------------------------------
 
 def prepare(config, action):
     """(folder, encoding, parts, sizes of the GPT, what earlier runs left: {name: state or None}). Writes nothing, and looks at
@@ -1182,7 +1152,7 @@ def prepare(config, action):
     found = {"gpt": load(path, {"config", "model"}, config.device),
              "training": load(out / "training.pt", {"step", "model", "muon", "adamw"}, config.device),
              "evolution": load(out / "evolution.pt", {"next", "es", "average", "history"}),
-             "namm": load(own / "namm.pt", {"params", "mean", "std", "cost"}, config.device),
+             "namm": load(own / "namm.pt", {"params", "mean", "std", "cost"}),
              "report": load(out / "report.pt", {"config", "evolution"})}
     if action == "bench" and not config.base:                              # any weights of the given sizes
         found |= {"gpt": None, "namm": None}
@@ -1274,28 +1244,24 @@ def run(config, out, parts, sizes, found):
     for name, part in parts.items():
         log(f"{name:8s}{len(part.tokens):10,} tokens of text, {len(part.words):5,} words for keys")
     gpt = base_model(out, parts["train"], sizes, found, config, log)
-    if config.eval:
-        (params, *statistics), cost = (found["namm"][name] for name in ("params", "mean", "std")), found["namm"]["cost"]
-    else:
-        params, statistics, cost = evolve(gpt, parts, config, log, found["evolution"],
-                                          lambda state: save(out / "evolution.pt", state))
+    solution = found["namm"] if config.eval else evolve(gpt, parts, config, log, found["evolution"],
+                                                      lambda state: save(out / "evolution.pt", state))
     if world()[0] > 0:                                                     # the report is written by the first process
         return
-    mean, std = (x.cpu() for x in statistics)
-    save(out / "namm.pt", {"params": params.cpu(), "mean": mean, "std": std, "cost": cost})
-    result, begun = {"config": dataclasses.asdict(config), "versions": versions, "evolution": cost}, found["report"]
+    save(out / "namm.pt", solution)
+    result, begun = {"config": dataclasses.asdict(config), "versions": versions, "evolution": solution["cost"]}, found["report"]
     moot = {"rows": 0, "out": ""}                                          # change nothing
     if begun and begun["config"] | moot == result["config"] | moot:
         result = begun
     for section in (report, stream, curve, anatomy, lost)[:1 if config.methods else None]:
         if section.__name__ not in result:
-            result[section.__name__] = section(gpt, params, statistics, parts["report"], config)
+            result[section.__name__] = section(gpt, solution, parts["report"], config)
             save(out / "report.pt", result)
     log(table(result["report"], config.evolve_on.split(",")))
     result["seconds"] = time.time() - start
-    save(out / "results.json", json.dumps(result).replace("}, {", "},\n {"))
+    save(out / "results.json", re.sub(r'}, (?={"\w+":)', "},\n ", json.dumps(result)))
     if not config.methods:
-        save(out / "report.html", page(result, example(gpt, params, statistics, parts["report"], config)))
+        save(out / "report.html", page(result, example(gpt, solution, parts["report"], config)))
     (out / "report.pt").unlink()
     log(f"{out / 'results.json'} holds all of it" + f", {out / 'report.html'} shows it" * (not config.methods)
         + f"; {time.time() - start:.0f} s")
@@ -1325,14 +1291,13 @@ def main():
         gpt = restored(found["gpt"], config.device) if found["gpt"] else GPT(GPTConfig(**sizes)).to(config.device).eval()
         if action == "bench":
             return bench(config, parts, gpt, found["namm"])
-        params, *statistics = (found["namm"][name] for name in ("params", "mean", "std"))
-        return show(example(gpt, params, statistics, parts["report"], config, action))
+        return show(example(gpt, found["namm"], parts["report"], config, action))
     try:
         run(config, out, parts, sizes, found)
     except KeyboardInterrupt:
         sys.exit(f"\nstopped; the same command goes on from here, and so does: python evolve.py --resume {out}")
     except torch.OutOfMemoryError:                                         # of a single row, or one prompt for many candidates
-        sys.exit(f"evolve.py: out of memory; python evolve.py --resume {out} --rows {max(1, config.rows // 2)} goes on")
+        sys.exit(f"evolve.py: out of memory; python evolve.py --resume {out} --rows {max(1, min(16, config.rows) // 2)} goes on")
     except OSError as error:
         print(f"evolve.py: {error}; once that is mended, python evolve.py --resume {out} goes on", file=sys.stderr)
         sys.exit(2)

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Sizes
+# --- 1. Sizes --------------------------------------------------------------------------------------------------------
 
 @dataclass
 class GPTConfig:
@@ -42,17 +41,15 @@ class GPTConfig:
     smear: bool = True               # keys and queries mix in those just before: lets a tiny GPT retrieve; off in Llama
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. The cache
+# --- 2. The cache ----------------------------------------------------------------------------------------------------
 
 class KVCache:
     """What one layer remembers: for each row and KV head, S slots, oldest first.
 
     keys (B,K,S,D), before rotation    values (B,K,S,D)    positions (B,K,S), in the text    alive (B,K,S) bool
-    state {name: (B,K,S,...)}: whatever a manager wants to keep for each slot; it travels with the slot, and is zero for
-    a new one. Heads and rows may keep different numbers of slots: all are right-aligned, and what is missing on the
-    left is dead padding, which no query sees. `renumber`: keys are rotated to their place in the cache (the survivors
-    close ranks) instead of their place in the text.
+    state {name: (B,K,S,...)}: whatever a manager wants to keep for each slot, zero for a new one. Where heads or rows keep fewer
+    slots than others, dead padding on the left fills up, which no query sees. `renumber`: keys are rotated to their place in the
+    cache (the survivors close ranks) instead of their place in the text.
     """
 
     def __init__(self, keys, renumber=False):
@@ -62,7 +59,7 @@ class KVCache:
         self.positions = torch.zeros(B, K, 0, dtype=torch.long, device=keys.device)
         self.alive = torch.zeros(B, K, 0, dtype=torch.bool, device=keys.device)
         self.last = None                                                   # inputs of the newest tokens, to smear
-        self.pending = []                                                  # attention since the manager last ran
+        self.received = self.mixed = None                                  # what a layer notes here: see GPT.hidden
         self.state, self.seen, self.copies, self.ragged = {}, 0, 1, False  # ragged: some slot is dead
 
     def append(self, keys, values):
@@ -117,8 +114,7 @@ def kept(cache):
     return alive.double() / (len(cache) * cache[0].alive.shape[1] * max(1, cache[0].seen))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Attention over the cache
+# --- 3. Attention over the cache -------------------------------------------------------------------------------------
 
 PIECE = 64                         # queries at once where attention is written out, on a CPU
 
@@ -146,15 +142,15 @@ def attend(q, k, v, alive=None, weights=False):
     for start in range(0, T, at_once):                                     # piece by piece: scores fit the cache of a CPU, and
         piece = q[:, :, :, start:start + at_once]                          # no piece looks at slots after it: twice as fast
         n = piece.shape[3]
-        seen = S - T + start + n                                           # slots that this piece may look at
-        scores = (piece.reshape(B, K, g * n, D) * D ** -0.5) @ k[:, :, :seen].transpose(-1, -2)          # (B,K,gn,seen)
+        before = S - T + start + n                                         # slots that this piece may look at
+        scores = (piece.reshape(B, K, g * n, D) * D ** -0.5) @ k[:, :, :before].transpose(-1, -2)        # (B,K,gn,before)
         future = torch.full((n, n), -math.inf, device=q.device).triu(1)    # to add it takes a seventh of masked_fill's time
-        scores.view(B, K, g, n, seen)[..., seen - n:] += future
+        scores.view(B, K, g, n, before)[..., before - n:] += future
         if dead is not None:
-            scores += dead[:, :, None, :seen]
+            scores += dead[:, :, None, :before]
         scores = scores.softmax(-1)
-        out.append((scores.to(v.dtype) @ v[:, :, :seen]).view(B, K, g, n, D))
-        received[:, :, start:start + n, :seen] = scores.view(B, K, g, n, seen).mean(2)
+        out.append((scores.to(v.dtype) @ v[:, :, :before]).view(B, K, g, n, D))
+        received[:, :, start:start + n, :before] = scores.view(B, K, g, n, before).mean(2)
     return torch.cat(out, dim=3), received
 
 
@@ -164,8 +160,7 @@ def rotate(x, turns):
     return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. The GPT
+# --- 4. The GPT ------------------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
     """Grouped-query attention over a cache."""
@@ -184,7 +179,7 @@ class Attention(nn.Module):
             self.q_taps = nn.Parameter(torch.eye(4)[apart].repeat(K, 1))   # (H,4)
 
     def forward(self, x, table, cache, weights=False):
-        """x (B,T,C), table: the turns of all positions. Appends to the cache; returns (B,T,C) and attend's weights."""
+        """x (B,T,C), table: the turns of all positions -> (B,T,C). Appends to the cache, and notes in it what `hidden` says."""
         B, T, _ = x.shape
         K, g, D = self.sizes
         v = self.wv(x).view(B, T, K, D).transpose(1, 2)                    # (B,K,T,D)
@@ -200,7 +195,11 @@ class Attention(nn.Module):
         at = torch.arange(cache.keys.shape[2], device=x.device) if cache.renumber else cache.positions   # (S,) or (B,K,S)
         q, k = rotate(q, table[at[..., None, -T:]]), rotate(cache.keys, table[at])       # the T newest slots are the queries
         out, received = attend(q, k, cache.values, cache.alive if cache.ragged else None, weights)
-        return self.wo(out.permute(0, 3, 1, 2, 4).reshape(B, T, -1)), received
+        if weights and cache.received is not None:                         # until the manager runs the cache only grows
+            received = torch.cat([F.pad(cache.received, (0, T)), received], dim=2)
+        mixed = out.permute(0, 3, 1, 2, 4).reshape(B, T, -1)               # (B,T,H D)
+        cache.received, cache.mixed = received, mixed if torch.is_grad_enabled() else None
+        return self.wo(mixed)
 
 
 class FeedForward(nn.Module):
@@ -266,27 +265,23 @@ class GPT(nn.Module):
         angles = torch.arange(n, device=device)[:, None] * speed
         return torch.complex(angles.cos(), angles.sin())
 
-    def hidden(self, tokens, cache=None, manage=None, weights=False):
-        """tokens (B,T) -> (B,T,C), what the output layer reads. With a cache the tokens follow those it has seen. Right
-        after each layer's attention, manage(layer, its KVCache, received) may evict; `received` (B,K,T,S) is the
-        attention that each slot got, or None unless `weights`."""
+    def hidden(self, tokens, cache=None, weights=False):
+        """tokens (B,T) -> (B,T,C), what the output layer reads. With a cache the tokens follow those it has seen. Each layer of it
+        notes in `received`, if `weights`, the attention that each slot got, (B,K,T,S), of all calls since somebody made it None;
+        and in `mixed`, in training, what its heads read of it in this call, (B,T,H D)."""
         cache = cache or self.new_cache(len(tokens), renumber=True)
         x, table = self.tok_embeddings(tokens), self.rotary_table(tokens.shape[1] + cache[0].seen)
-        for i, layer in enumerate(self.layers):
-            out, received = layer.attention(layer.attention_norm(x), table, cache[i], weights)
-            if manage:
-                manage(i, cache[i], received)
-            x = x + out
+        for layer, own in zip(self.layers, cache):
+            x = x + layer.attention(layer.attention_norm(x), table, own, weights)
             x = x + layer.feed_forward(layer.ffn_norm(x))
         return self.norm(x)
 
-    def forward(self, tokens, cache=None, manage=None, weights=False):
+    def forward(self, tokens, cache=None, weights=False):
         """As `hidden`, but logits (B,T,V)."""
-        return self.output(self.hidden(tokens, cache, manage, weights))
+        return self.output(self.hidden(tokens, cache, weights))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Training
+# --- 5. Training -----------------------------------------------------------------------------------------------------
 
 def world():
     """(rank, number of processes) of a run that torchrun started, else (0, 1)."""
@@ -304,34 +299,23 @@ def losses(gpt, batch, recall, draw):
     """Losses of N prompts, (N,) each: mean cross-entropy of a prompt's answers, of a quarter of its other tokens, and of
     `recall`; and the share of its answer tokens that are right. draw(*shape): uniform random numbers (N,*shape).
 
-    recall (N,L-1): at some places of a context a word to name, -1 at all others. It is asked of the heads, not of the GPT,
-    which only predicts text: at each place of one KV head, drawn at random from those of the middle layer and all above it,
-    which must name it by what it alone reads from the cache there. Text and questions are met as under a manager, with a cache
-    that has holes: after either half of the context each prompt forgets a random share of its slots, any of them and mostly a
-    large share, in all layers but the last, where the facts are found. What the layers below it remember may help, but not be
-    needed."""
+    recall (N,L-1): a word to name at some places of a context, -1 elsewhere. One KV head, drawn for each place from those of the
+    middle layer and all above, must name it by what it alone reads from the cache there; the GPT only predicts text. After either
+    half of the context each prompt forgets a random share of its slots, mostly a large one, in all layers but the last, where the
+    facts are found: so the GPT has met caches with holes."""
     c, n = gpt.config, batch.context
     width = c.n_head // c.n_kv_head * c.head_dim                           # columns of wo that a KV head's queries write through
     heads = [(i, slice(k * width, (k + 1) * width)) for i in range(c.n_layer // 2, c.n_layer) for k in range(c.n_kv_head)]
-    wo, read_by = [layer.attention.wo for layer in gpt.layers], {i: [] for i in range(c.n_layer // 2, c.n_layer)}
-    hooks = [wo[i].register_forward_pre_hook(lambda module, x, i=i: read_by[i].append(x[0])) for i in read_by]
-
-    def holes(layer, cache, received):
-        """A manager that forgets at random: a share of its own for each prompt and layer."""
-        if layer < c.n_layer - 1:
-            luck = draw(c.n_kv_head, n).gather(2, cache.positions)         # (N,K,S), of a token wherever it now is
+    cache, hidden, mixed = gpt.new_cache(len(batch.tokens), renumber=True), [], []
+    for half in batch.tokens[:, :n].split((n + 1) // 2, dim=1):
+        hidden.append(gpt.hidden(half, cache))
+        mixed.append([layer.mixed for layer in cache])                     # what the heads read from the cache
+        for layer in cache[:-1]:                                           # holes: a share of its own for each prompt and layer
+            luck = draw(c.n_kv_head, n).gather(2, layer.positions)         # (N,K,S), of a token wherever it now is
             keep = luck < draw(1, 1) ** 3                                  # half of the time an eighth or less stays
             keep[..., -1] = True
-            cache.evict(keep)
-
-    cache = gpt.new_cache(len(batch.tokens), renumber=True)
-    try:
-        halves = batch.tokens[:, :n].split((n + 1) // 2, dim=1)
-        context = torch.cat([gpt.hidden(half, cache, holes) for half in halves], dim=1)      # (N,n,C)
-    finally:                                                               # also when memory runs out
-        for hook in hooks:
-            hook.remove()
-    hidden = torch.cat([context, gpt.hidden(batch.tokens[:, n:-1], cache)], dim=1)        # (N,L-1,C)
+            layer.evict(keep)
+    hidden = torch.cat([*hidden, gpt.hidden(batch.tokens[:, n:-1], cache)], dim=1)        # (N,L-1,C)
 
     def mean(loss, where):
         """Mean of loss (M,) over the places of each prompt: where (N,L) bool has M of them. -> (N,)"""
@@ -340,8 +324,8 @@ def losses(gpt, batch, recall, draw):
 
     recall = recall[:, :n]                                                 # (N,n)
     who = (draw(n) * len(heads)).long().masked_fill(recall < 0, -1)        # (N,n)
-    read_by = {i: torch.cat(pieces, dim=1) for i, pieces in read_by.items()}                 # (N,n,H D)
-    named = sum((read_by[i][..., own] @ wo[i].weight[:, own].T) * (who == h)[..., None]
+    mixed = [torch.cat(pieces, dim=1) for pieces in zip(*mixed)]           # (N,n,H D) of each layer
+    named = sum((mixed[i][..., own] @ gpt.layers[i].attention.wo.weight[:, own].T) * (who == h)[..., None]
                 for h, (i, own) in enumerate(heads))[recall >= 0]          # (places,C)
     recalled = F.cross_entropy(gpt.output(gpt.norm(named)), recall[recall >= 0], reduction="none")
 
@@ -440,27 +424,21 @@ def train(gpt, batches, steps, lr, precision, state=None, keep=None):
                                 + " ".join(f"{task} {share:.2f}" for task, share in sorted(accuracy.items())))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Reading a prompt in blocks, and writing on
+# --- 6. Reading a prompt in blocks, and writing on -------------------------------------------------------------------
 
 @torch.no_grad()
 def read(gpt, tokens, cache, delay, manage=None, weights=False):
     """Read tokens (B,T) into the cache, in blocks that end where the tokens seen are a multiple of `delay`. After each
-    whole block manage(layer, cache, received) may evict, with what all the block's tokens attended to, in however many
-    calls they came. If it stacks copies of the rows, all copies read on. Returns the last block's hidden states."""
-    def after_block(layer, cache, received):
-        """Collect what the block's queries attended to, (B,K,T,S) a call; at its end, let the manager see all of it."""
-        cache.pending.append(received)
-        if cache.seen % delay == 0:
-            pieces, cache.pending = cache.pending, []
-            if weights and len(pieces) > 1:                                # inside a block the cache only grows
-                S = received.shape[-1]
-                received = torch.cat([F.pad(piece, (0, S - piece.shape[-1])) for piece in pieces], dim=2)
-            manage(layer, cache, received)
-
+    whole block manage(cache, received) may evict, with what all the block's tokens attended to in each layer, [(B,K,T,S)], in
+    however many calls they came. If it stacks copies of the rows, all copies read on. Returns the last block's hidden states."""
     ends = range(delay - cache[0].seen % delay, tokens.shape[1], delay)    # where blocks end, without the last
     for block in tokens.tensor_split(list(ends), dim=1):
-        out = gpt.hidden(block.repeat(cache[0].copies, 1), cache, manage and after_block, weights)
+        out = gpt.hidden(block.repeat(cache[0].copies, 1), cache, weights)
+        if cache[0].seen % delay == 0:
+            if manage:
+                manage(cache, [layer.received for layer in cache])
+            for layer in cache:
+                layer.received = None
     return out
 
 

@@ -37,8 +37,7 @@ N_PARAMS = sum(torch.Size(shape).numel() for shape in SHAPES.values())    # 4172
 HIDDEN = 16                        # of the scorer "mlp"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Attention -> spectrogram (section 3.1)
+# --- 1. Attention -> spectrogram (section 3.1) -----------------------------------------------------------------------
 
 @lru_cache
 def fourier(device):
@@ -55,13 +54,11 @@ def magnitudes(windows):
 
 
 def spectrogram(attention, tail):
-    """Short-time Fourier magnitudes of the attention that each slot received.
+    """Short-time Fourier magnitudes of the attention that each slot received: as torch.stft, not centred, over tail and block.
 
-    attention (B,K,T,S): for each of T queries, what each slot received; T a multiple of HOP. tail (B,K,S,16): the last
-    HOP values of the block before, zero for a new slot. Returns magnitudes (B,K,S,frames,F) with frames = T / HOP.
-    A frame's window is the HOP samples before the frame and the HOP in it, so where a text is cut into blocks does not
-    change a frame. As torch.stft, not centred, over tail and block together; slots stay the last axis in memory, along
-    which all of it is fast.
+    attention (B,K,T,S): for each of T queries, what each slot received; T a multiple of HOP. tail (B,K,S,16): the last HOP values
+    of the block before, zero for a new slot. Returns magnitudes (B,K,S,frames,F), frames = T / HOP; a frame's window is the HOP
+    samples before it and the HOP in it, so where a text is cut into blocks does not change a frame.
     """
     samples = torch.cat([tail.transpose(-1, -2), attention], dim=2)                              # (B,K,HOP+T,S)
     return magnitudes(samples.unfold(2, N_FFT, HOP).mT).permute(0, 1, 4, 2, 3)                   # of windows (B,K,frames,32,S)
@@ -78,8 +75,7 @@ def moments(attention, tail):
     return pad(torch.stack([samples.sum(-1) / HOP, samples.amax(-1)], dim=-1), (0, F - 2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Spectrogram -> one spectrum a token (section 3.1)
+# --- 2. Spectrogram -> one spectrum a token (section 3.1) ------------------------------------------------------------
 
 def moving_average(frames, old, gamma):
     """E = gamma^n * old + sum over the n frames t of (1 - gamma) * gamma^(n - 1 - t) * frame t.
@@ -90,8 +86,7 @@ def moving_average(frames, old, gamma):
     return old
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Spectrum and age -> features
+# --- 3. Spectrum and age -> features ---------------------------------------------------------------------------------
 
 def asinh(x):
     """The same as torch.asinh, in a quarter of its time on a CPU; that one alone was a fifteenth of all that reading takes."""
@@ -100,15 +95,14 @@ def asinh(x):
 
 def features(average, age, mean, std):
     """[sin and cos of the age at four speeds, normalised spectrum]: average (B,K,S,F), age (B,K,S) in tokens of the text
-    (newest token 0), mean and std (F,), collected once over the full cache -> (B,K,S,25). asinh, not in the paper, tames
-    outliers (linear near 0, logarithmic beyond): a lone fact draws more attention than evolution ever saw."""
+    (newest token 0), mean and std (F,) -> (B,K,S,25). asinh, not in the paper, tames outliers: a lone fact draws more attention
+    than evolution ever saw."""
     speed = 50_000.0 ** (-torch.arange(N_AGE // 2, device=age.device) / (N_AGE // 2))
     angle = age[..., None] * speed                                         # (B,K,S,4)
     return torch.cat([angle.sin(), angle.cos(), asinh((average - mean) / std.clamp(min=1e-7))], dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Features -> scores: backward attention memory (section 3.2)
+# --- 4. Features -> scores: backward attention memory (section 3.2) --------------------------------------------------
 
 SEES = ("all", "closed", "spectrum", "age", "values", "moments")          # what the scorer is given; closed: as the paper
 BLIND = {"spectrum": slice(0, N_AGE), "age": slice(N_AGE, N_IN)}          # which of the 25 it is then given as zero
@@ -166,8 +160,7 @@ def scale(scorer):
     return torch.cat([torch.full(shape, fan_in.get(name, shape[0]) ** -0.5).flatten() for name, shape in shapes.items()])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Scores -> who stays
+# --- 5. Scores -> who stays ------------------------------------------------------------------------------------------
 
 def newest(scores, count):
     """A copy of the scores (B,K,S) in which the `count` newest slots stay whatever they had."""
@@ -197,38 +190,26 @@ def keep_best_of_all(scores, budget):
     return [piece.view(own.mT.shape).mT for piece, own in zip(best.split([own[0].numel() for own in scores], dim=1), scores)]
 
 
-def eviction(capacity, shared=0):
-    """f(layer, cache, scores, keep), scores and keep (B,K,S): evicts all but what is in `keep` and among the best by score.
-
-    The best are each head's `capacity`, or any number if that is None or 0. With `shared`, the number of layers if they share
-    their slots, they are the best of all heads of all layers, `capacity` a head in the mean; nothing is then evicted before the
-    last layer was judged."""
-    waiting = []                                                           # (cache, scores, keep) of layers that share slots
-
-    def evict(layer, cache, scores, keep):
-        """Evict from one layer, or from all that share once this is the last."""
-        scores = scores.masked_fill(~cache.alive, -torch.inf)
-        if not (shared and capacity):
-            return cache.evict(keep & keep_best(scores, capacity) if capacity else keep)
-        waiting[layer:] = [(cache, scores, keep)]                          # drops what an interrupted block left
-        if layer == shared - 1:
-            budget = capacity * shared * scores.shape[1]                   # of a row: heads of all layers
-            for (cache, _, keep), best in zip(waiting, keep_best_of_all([own for _, own, _ in waiting], budget)):
-                cache.evict(keep & best)
-            waiting.clear()
-    return evict
+def evict(cache, scores, threshold, most=None, shared=False):
+    """Evict from each layer of a cache, by its scores [(B,K,S)], what scores less than `threshold`, and what is not among the best:
+    in each of its heads as many as `most`, a list, says; if `shared` so many in the mean over all heads of all layers."""
+    keep = [keep_mask(own, threshold) for own in scores]
+    if most:
+        scores = [own.masked_fill(~layer.alive, -torch.inf) for own, layer in zip(scores, cache)]
+        best = keep_best_of_all(scores, sum(most) * scores[0].shape[1]) if shared else map(keep_best, scores, most)
+        keep = [own & top for own, top in zip(keep, best)]
+    for layer, own in zip(cache, keep):
+        layer.evict(own)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. The manager
+# --- 6. The manager --------------------------------------------------------------------------------------------------
 
 def spectra(cache, attention, sees):
     """Steps 1 and 2 for one layer: what each slot received in this block, attention (B,K,T,S), added to what the cache
     remembers of it. -> moving averages (B,K,S,F).
 
-    Not in the paper: a Hann window falls to zero, so in frames that are complete the newest queries count next to nothing, and
-    nobody knows better what will be asked for. Unless `sees` is "closed" they count in the frame that they have opened as well,
-    where the newest counts most. With blocks of 512 tokens that is a detail, with blocks of 32 it is half of what was seen."""
+    Not in the paper: a Hann window falls to zero, so complete frames hardly count the newest queries, which know best what will be
+    asked for. Unless `sees` is "closed" they count in the frame that they have opened as well: half of what a block of 32 shows."""
     B, K, T, S = attention.shape
     attention = attention.float()
     if "spectrum" not in cache.state:
@@ -237,9 +218,9 @@ def spectra(cache, attention, sees):
     tail, average = cache.state["tail"], cache.state["spectrum"].mT.contiguous().mT    # slots last in memory, as in the attention
     step = HOP if attention.device.type == "cpu" else T                    # frame by frame: it fits the cache of a CPU
     for start in range(0, T, step):
-        piece, seen = attention[:, :, start:start + step], S - T + start + step
-        frames = transform(piece[..., :seen], tail[:, :, :seen])           # younger slots have received nothing yet
-        average[:, :, :seen] = moving_average(frames, average[:, :, :seen], gamma)
+        piece, there = attention[:, :, start:start + step], S - T + start + step
+        frames = transform(piece[..., :there], tail[:, :, :there])         # younger slots have received nothing yet
+        average[:, :, :there] = moving_average(frames, average[:, :, :there], gamma)
         tail = piece[:, :, -HOP:].mT
     cache.state = {"tail": tail.contiguous(), "spectrum": average}
     if transform is spectrogram and sees != "closed":                      # a frame half full: the newest HOP queries, then zeros;
@@ -248,43 +229,45 @@ def spectra(cache, attention, sees):
     return average
 
 
-def namm(params, mean, std, threshold=0.0, capacity=None, sees="all", scorer="bam", per_head=True, shared=0):
-    """A manager for GPT.hidden: called after each layer's attention, it evicts.
+def namm(params, mean, std, threshold=0.0, capacity=None, sees="all", scorer="bam", per_head=True, shared=False):
+    """A manager for model.read: called after each block, it evicts.
 
-    params (P,n), n = 4172 for BAM; mean and std (F,). Of what scores `threshold` or more the best stay: see `eviction` for
-    `capacity` and `shared`. Until the first eviction all candidates share one computation: the cache comes with one row a
+    params (P,n), n = 4172 for BAM; mean and std (F,). Of what scores `threshold` or more the best stay, `capacity` a head, or any
+    number if that is None or 0: see `evict`. Until the first eviction all candidates share one computation: the cache comes with one row a
     prompt, and leaves with P. The other switches are for ablations: see SEES and SCORERS; without `per_head` all heads of a
     layer drop the same tokens, by the mean of their scores."""
-    evict = eviction(capacity, shared)
+    def judge(layer, attention):
+        """Steps 1 to 4 for one layer's cache and the attention (B,K,T,S) of the block just read: scores (B,K,S)."""
+        with record_function("spectrogram"):                               # the names that `evolve.py --bench` prints
+            x = features(spectra(layer, attention, sees), layer.seen - 1 - layer.positions, mean, std)
+        if sees in BLIND:
+            x[..., BLIND[sees]] = 0.0
+        with record_function("BAM"):
+            if layer.copies < len(params):
+                layer.repeat(len(params))
+                x = x.repeat(len(params), 1, 1, 1)
+            scores = SCORERS[scorer][0](x, params, layer.alive)
+        layer.state["score"] = scores if per_head else scores.mean(1, keepdim=True).expand_as(scores)
+        return layer.state["score"]                                        # there for whoever wants to see it
 
-    def manage(layer, cache, attention):
-        """Steps 1 to 5 for one layer's cache and the attention (B,K,T,S) of the block just read."""
-        with torch.autocast(attention.device.type, enabled=False):         # float32 here, whatever the GPT computes in
-            with record_function("spectrogram"):                           # the names that `evolve.py --bench` prints
-                x = features(spectra(cache, attention, sees), cache.seen - 1 - cache.positions, mean, std)
-            if sees in BLIND:
-                x[..., BLIND[sees]] = 0.0
-            with record_function("BAM"):
-                if cache.copies < len(params):
-                    cache.repeat(len(params))
-                    x = x.repeat(len(params), 1, 1, 1)
-                scores = SCORERS[scorer][0](x, params, cache.alive)
-            if not per_head:
-                scores = scores.mean(1, keepdim=True).expand_as(scores)
+    def manage(cache, attention):
+        """Steps 1 to 5, for a cache and the attention of all layers."""
+        with torch.autocast(mean.device.type, enabled=False):              # float32 here, whatever the GPT computes in
+            scores = [judge(layer, received) for layer, received in zip(cache, attention)]
             with record_function("eviction"):
-                cache.state["score"] = scores                              # for whoever wants to see it
-                evict(layer, cache, scores, keep_mask(scores, threshold))
+                evict(cache, scores, threshold, [capacity] * len(cache) if capacity else None, shared)
     return manage
 
 
 def statistics(totals, sees="all"):
     """A manager that evicts nothing and adds up count, sum and sum of squares of the spectra, in `totals` (3,F) float64,
     over rows, heads, slots, layers and runs. See `mean_std`."""
-    def manage(layer, cache, attention):
-        """Add one layer's spectra to the totals."""
-        with torch.autocast(attention.device.type, enabled=False):
-            x = spectra(cache, attention, sees).double().flatten(0, 2)     # (B K S, F)
-        totals.add_(torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]))
+    def manage(cache, attention):
+        """Add each layer's spectra to the totals."""
+        with torch.autocast(totals.device.type, enabled=False):
+            for layer, received in zip(cache, attention):
+                x = spectra(layer, received, sees).double().flatten(0, 2)  # (B K S, F)
+                totals.add_(torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]))
     return manage
 
 
@@ -294,9 +277,8 @@ def mean_std(totals):
     return mean.float(), (square - mean.square()).clamp(min=0).sqrt().float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Baselines: f(cache, attention, budget, generator) -> scores (B,K,S), the higher stay. budget: how many stay, in each head, or,
-#    if heads share their slots, in the mean over all
+# --- 7. Baselines: f(a layer's cache, attention, budget, generator) -> scores (B,K,S), the higher stay. budget: how many stay, in
+#        each head, or, if heads share their slots, in the mean over all
 
 def random(cache, attention, budget, generator):
     """Any slots, drawn anew at each eviction."""
@@ -345,23 +327,29 @@ def fastgen(cache, attention, budget, generator):
     four tokens and the newest keeps those, any other its heavy hitters."""
     local, heavy = streaming(cache, attention, budget, generator), h2o(cache, attention, budget, generator)
     received = attention.float().sum(2)                                    # (B,K,S)
-    found = (received * keep_best(local, budget)).sum(-1, keepdim=True) / received.sum(-1, keepdim=True)
-    return torch.where(found >= 0.95, local, heavy)
+    near = received * keep_best(local.masked_fill(~cache.alive, -torch.inf), budget)
+    return torch.where(near.sum(-1, keepdim=True) / received.sum(-1, keepdim=True) >= 0.95, local, heavy)
 
 
-BASELINES = {f.__name__: f for f in (random, recent, streaming, h2o, fastgen, l2, tova, snapkv)}
-ATTENTIVE = {"h2o", "fastgen", "tova", "snapkv"}                           # those that look at the attention
+def attended(cache, attention, budget, generator):
+    """What the queries of the newest half block attend to: ours, written once we knew what evolved vectors keep."""
+    return attention[:, :, attention.shape[2] // 2:].float().mean(2)
 
 
-def baseline(name, budget, seed=0, shared=0, last=0):
-    """A manager that keeps `budget` slots in every row, layer and head, by the rule `name` of BASELINES; with a number of layers
-    in `shared` or `last`, that many in the mean over all their heads: those that score best, or as many as there are in the last
-    layer, then in the one below it, and one in each other."""
-    generator, evict = torch.Generator().manual_seed(seed), eviction(budget, shared)
-    def manage(layer, cache, attention):
-        """Keep the best by the rule, from the attention (B,K,T,S) of the block just read; None if it looks at none."""
-        # with `last`: of all slots, what one in each layer below and all tokens in each layer above leave
-        own = max(1, budget * last - layer - (last - 1 - layer) * cache.seen) if last else budget
-        scores = BASELINES[name](cache, attention, own, generator)
-        (eviction(own) if last else evict)(layer, cache, scores, cache.alive)
+BASELINES = {f.__name__: f for f in (random, recent, streaming, h2o, fastgen, l2, tova, snapkv, attended)}
+ATTENTIVE = {"h2o", "fastgen", "tova", "snapkv", "attended"}               # those that look at the attention
+
+
+def baseline(name, budget, seed=0, shared=False, last=False):
+    """A manager that keeps `budget` slots in every row, layer and head, by the rule `name` of BASELINES. If `shared`, or `last`, so
+    many in the mean over all heads: those that score best, or all that the last layer can fill, then the one below it, and one in
+    each other (28 a head, three layers, 64 tokens read: 1, 19 and 64)."""
+    generator = torch.Generator().manual_seed(seed)
+    def manage(cache, attention):
+        """Keep the best by the rule, from the attention [(B,K,T,S)] of the block just read; [None] if it looks at none."""
+        n, most = len(cache), [budget] * len(cache)
+        if last:                                                           # what one in each layer below and all in each above leave
+            most = [max(1, budget * n - i - (n - 1 - i) * cache[0].seen) for i in range(n)]
+        scores = [BASELINES[name](layer, received, own, generator) for layer, received, own in zip(cache, attention, most)]
+        evict(cache, scores, -torch.inf, most, shared)
     return manage
