@@ -305,10 +305,13 @@ class CMAES:
 # --- 3. Prompts through the cache ------------------------------------------------------------------------------------
 
 def evaluate(gpt, batch, config, manage=None, weights=False, copies=1):
-    """Read the contexts with the cache managed, then ask. Rows B = copies x prompts, if the manager makes copies. Returns four
-    (B,): exact, likelihood and logprob, means over a prompt's answers (1 if every token is the arg-max; exp of the mean
-    log-probability of its tokens; that mean), and cache, the share of the context's tokens in the cache when it is asked.
+    """Read the contexts with the cache managed, then ask. Rows B = copies x prompts, if the manager makes copies.
 
+    Returns four (B,), means over a prompt's answers, or over heads:
+      exact       1 for an answer whose every token is the arg-max: what greedy decoding would write
+      likelihood  of an answer's token: exp of the mean log-probability of its tokens
+      logprob     that mean itself, natural logarithm
+      cache       share of the context's tokens that is in the cache when the question is asked, mean over heads and layers
     At most `rows` rows are read at once, or, without a manager, as many tokens as those have at the training length. Out of memory,
     it goes on with half as many.
     """
@@ -359,9 +362,9 @@ def scored(gpt, batch, config, manage, weights):
     return mean(total(wrong) == 0), mean(logprob.exp()), mean(logprob), kept
 
 
-def manager(own, config, **changes):
+def manager(solution, config, **changes):
     """NAMM as the settings say, of what a namm.pt holds: params (n,), or (P,n), mean and std (F,)."""
-    params, mean, std = (own[name].to(config.device) for name in ("params", "mean", "std"))
+    params, mean, std = (solution[name].to(config.device) for name in ("params", "mean", "std"))
     return namm.namm(params.view(-1, params.shape[-1]), mean, std, **{
         "threshold": config.threshold, "capacity": config.capacity, "sees": config.features, "scorer": config.scorer,
         "per_head": config.heads == "apart", "shared": config.slots == "shared", **changes})
@@ -389,15 +392,15 @@ def feature_statistics(gpt, part, config):
     return dict(zip(("mean", "std"), namm.mean_std(totals)))
 
 
-def fitness(gpt, own, best, part, tasks, lengths, count, rng, config):
-    """(P,) fitness of own["params"] (P,n), or (1,) of the full cache for None, and the share of the cache kept, mean over
+def fitness(gpt, solution, best, part, tasks, lengths, count, rng, config):
+    """(P,) fitness of solution["params"] (P,n), or (1,) of the full cache for None, and the share of the cache kept, mean over
     all. For each task at each of its lengths, on the same `count` prompts for all candidates: mean likelihood of the
     answers, divided by `best`, the full cache's at the training length; then the mean. The likelihood has no ties, as exact
     match has; and the paper's divisor, the full cache's score on the same prompts, is near 0 where it is to be beaten.
 
     lengths(rng) draws, for one task, the lengths of its prompts in training lengths. Candidates are dealt to the processes of the
     run in turn; each process gets all the results."""
-    P, (rank, size), done = len(own["params"]) if own else 1, world(), 0
+    P, (rank, size), done = len(solution["params"]) if solution else 1, world(), 0
     total = torch.zeros(2, P, device=config.device)                        # fitness, cache kept
     for task in tasks:
         for times in lengths(rng):
@@ -405,8 +408,8 @@ def fitness(gpt, own, best, part, tasks, lengths, count, rng, config):
             at_once = max(1, config.rows // count)                         # candidates
             for start in range((rank - done) % size, P, size * at_once):
                 group = slice(start, start + size * at_once, size)
-                manage = manager(own | {"params": own["params"][group]}, config) if own else None
-                _, likelihood, _, cache = evaluate(gpt, batch, config, manage, own is not None, len(range(P)[group]))
+                manage = manager(solution | {"params": solution["params"][group]}, config) if solution else None
+                _, likelihood, _, cache = evaluate(gpt, batch, config, manage, solution is not None, len(range(P)[group]))
                 total[:, group] += torch.stack([likelihood / best[task], cache.float()]).view(2, -1, count).mean(2)
             done += 1
     total = summed(total).cpu() / done
@@ -428,8 +431,8 @@ def evolve(gpt, parts, config, log, state, keep):
     tasks_at = lambda g: evolved[:first + config.stages * max(0, g - 1) // config.generations]
     scale = namm.scale(config.scorer)                                      # one step size fits all weights
     es = CMAES(torch.zeros(len(scale)), config.sigma, config.popsize, config.seed, config.covariance == "diagonal")
-    validate = lambda own: fitness(                                        # on prompts that are the same each time
-        gpt, own, best, parts["choose"], evolved, lambda rng: config.evolve_at, config.choose_prompts,
+    validate = lambda solution: fitness(                                   # on prompts that are the same each time
+        gpt, solution, best, parts["choose"], evolved, lambda rng: config.evolve_at, config.choose_prompts,
         np.random.default_rng([config.seed, 3]), config)
     [full], _ = validate(None)
     state = state or dict(next=0, es=es.state_dict(), average=es.mean, highest=-math.inf, seconds=0.0, history=[],
