@@ -1157,8 +1157,6 @@ def prepare(config, action):
              "evolution": load(out / "evolution.pt", {"next", "es", "average", "history"}),
              "namm": load(own / "namm.pt", {"params", "mean", "std", "cost"}),
              "report": load(out / "report.pt", {"config", "evolution"})}
-    if action == "bench" and not config.base:                              # any weights of the given sizes
-        found |= {"gpt": None, "namm": None}
     if found["gpt"]:
         own_sizes = found["gpt"]["config"]
         for name in SIZES:                                                 # the tokeniser decides vocab_size

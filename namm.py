@@ -6,14 +6,14 @@ After Cetin, Sun, Zhao, Tang: An Evolved Universal Transformer Memory, ICLR 2025
   2. moving_average   ... averaged over time, what is recent counting most  ->  one spectrum a token
   3. features         ... normalised, with the token's age beside it        ->  25 numbers a token
   4. bam_scores       backward attention memory: each token is judged beside all newer ones  ->  one score a token
-  5. keep_mask        a token whose score is below zero leaves that head's cache; `eviction`: of the others the best stay
+  5. keep_mask        a token whose score is below zero leaves that head's cache; `evict`: of the others the best stay
   6. namm             the five together, as a manager of a cache; `spectra` joins 1 and 2, and adds a frame to the paper's
   7. BASELINES        hand-made rules behind the same interface
 
 To see what a part is worth, there are plainer ones in its place: `values` and `moments` for 1, `linear_scores`,
 `mlp_scores` and "unmasked" for 4, and SEES, which blinds the scorer to one half of its features. A first reading may skip them.
 
-This file knows nothing of the GPT: it sees attention tensors, and a cache (keys, positions, alive, state, evict).
+This file knows nothing of the GPT: it sees attention tensors, and a cache for each layer (keys, positions, alive, state, evict).
 Letters: P candidates (parameter vectors), B rows = P x prompts, candidate-major (all prompts of the first candidate,
 then all of the second), K key/value heads, T new tokens since the last run, S slots in the cache, F frequency bins.
 """
@@ -233,9 +233,9 @@ def namm(params, mean, std, threshold=0.0, capacity=None, sees="all", scorer="ba
     """A manager for model.read: called after each block, it evicts.
 
     params (P,n), n = 4172 for BAM; mean and std (F,). Of what scores `threshold` or more the best stay, `capacity` a head, or any
-    number if that is None or 0: see `evict`. Until the first eviction all candidates share one computation: the cache comes with one row a
-    prompt, and leaves with P. The other switches are for ablations: see SEES and SCORERS; without `per_head` all heads of a
-    layer drop the same tokens, by the mean of their scores."""
+    number if that is None or 0: see `evict`. Until the first eviction all candidates share one computation: the cache comes with
+    one row a prompt, and leaves with P. The other switches are for ablations: see SEES and SCORERS; without `per_head` all heads
+    of a layer drop the same tokens, by the mean of their scores."""
     def judge(layer, attention):
         """Steps 1 to 4 for one layer's cache and the attention (B,K,T,S) of the block just read: scores (B,K,S)."""
         with record_function("spectrogram"):                               # the names that `evolve.py --bench` prints
