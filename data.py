@@ -169,8 +169,8 @@ def make_parts(texts, encoding, longest, learned_from=None):
     dealt by those, so that its answers are words that it has learned to answer with.
 
     Words are the tokens that read " word", without the 64 most frequent, dealt to the parts, and some to all as answers. The keys
-    to train on are all other tokens: a GPT that sees few different keys learns those, and not how to look one up. Raises ValueError
-    when a part is too short for prompts of `longest` tokens, or when there are too few words.
+    to train on are all other tokens but numbers and white space: a GPT that sees few different keys learns those, and not how to look
+    one up. Raises ValueError when a part is too short for prompts of `longest` tokens, or when there are too few words.
     """
     stream_of = lambda part: np.array([token for row in encoding.encode_ordinary_batch([text + "\n" for text in part])
                                        for token in row], dtype=np.int32)
@@ -348,7 +348,8 @@ def batch(part, tasks, rng, length):
             tokens[i, start:end] = np.concatenate([question, reply])
             answer[i, end - len(reply):end] = which
         if not answer[i].any():
-            raise ValueError(f"task {getattr(task, '__name__', task)}: its first question and answer do not fit in {room(length)} tokens")
+            raise ValueError(f"task {getattr(task, '__name__', task)}: its first question and answer do not fit in "
+                             f"{room(length)} tokens")
     return Batch(torch.from_numpy(tokens), torch.from_numpy(answer), n, list(tasks))
 
 

@@ -75,7 +75,7 @@ class Config:
     delay: int = setting(32, "tokens between two evictions, a multiple of 16")
     capacity: int = setting(28, "most slots that NAMM keeps in a head, in the mean over heads and layers; 0 for any number")
     slots: str = setting("shared", "whose best stay: those of all heads and layers, or of each head", ("shared", "own"))
-    threshold: float = setting(0.0, "a token that scores less leaves the cache")
+    threshold: float = setting(0.0, "a token that scores less leaves the cache; without a limit, counted from where evolution set zero")
     positions: str = setting("renumbered", "of keys: in the cache, or in the text (paper)", ("renumbered", "original"))
     # the manager
     features: str = setting("all", "what a token is judged by (see namm.py)", namm.SEES)
@@ -183,7 +183,7 @@ def check(c):
         (set(evolved) <= set(data.TASKS) and len(set(evolved)) == len(evolved),
          f"--evolve_on: one or more of {', '.join(data.TASKS)}, each once"),
         (1 <= c.stages <= min(len(evolved), c.generations),
-         f"--stages is 1 to the number of tasks to evolve on, here {len(evolved)}, and of generations"),
+         f"--stages is 1 to the number of tasks to evolve on, here {len(evolved)}, and at most --generations"),
         (c.head_dim % 2 == 0 and c.head_dim > 2, "--head_dim must be even, and 4 or more"),
         (c.n_head % c.n_kv_head == 0, "--n_head must be a multiple of --n_kv_head"),
         (c.length >= 64 and c.length % 4 == 0, "--length must be a multiple of 4, and 64 or more"),
@@ -299,7 +299,7 @@ class CMAES:
 
     def load_state_dict(self, state):
         """Go on from state_dict() of a CMAES made with the same arguments."""
-        vars(self).update({name: value.clone() if torch.is_tensor(value) else value for name, value in state.items()})
+        vars(self).update(copy.deepcopy(state))
 
 
 # --- 3. Prompts through the cache ------------------------------------------------------------------------------------
@@ -363,11 +363,13 @@ def scored(gpt, batch, config, manage, weights):
 
 
 def manager(solution, config, **changes):
-    """NAMM as the settings say, of what a namm.pt holds: params (n,), or (P,n), mean and std (F,)."""
+    """NAMM as the settings say, of what a namm.pt holds: params (n,), or (P,n), mean and std (F,); and `zero`, from where the
+    threshold counts when there is no limit: see `set_zero`."""
     params, mean, std = (solution[name].to(config.device) for name in ("params", "mean", "std"))
-    return namm.namm(params.view(-1, params.shape[-1]), mean, std, **{
-        "threshold": config.threshold, "capacity": config.capacity, "sees": config.features, "scorer": config.scorer,
-        "per_head": config.heads == "apart", "shared": config.slots == "shared", **changes})
+    switches = {"threshold": config.threshold, "capacity": config.capacity, "sees": config.features, "scorer": config.scorer,
+                "per_head": config.heads == "apart", "shared": config.slots == "shared", **changes}
+    switches["threshold"] += 0.0 if switches["capacity"] else solution.get("zero", 0.0)
+    return namm.namm(torch.atleast_2d(params), mean, std, **switches)
 
 
 def score(task, exact, logprob):
@@ -387,13 +389,13 @@ def feature_statistics(gpt, part, config):
     totals = torch.zeros(3, namm.F, dtype=torch.float64, device=config.device)
     rng = np.random.default_rng([config.seed, 1])
     for task in config.evolve_on.split(","):
-        batch = prompts(part, task, 8, rng, config.length * max(config.evolve_at), config.device)
+        batch = prompts(part, task, min(8, config.rows), rng, config.length * max(config.evolve_at), config.device)
         ask(gpt, batch, config, namm.statistics(totals, config.features), weights=True)
-    return dict(zip(("mean", "std"), namm.mean_std(totals)))
+    return dict(zip(("mean", "std"), namm.mean_std(totals.cpu())))
 
 
 def fitness(gpt, solution, best, part, tasks, lengths, count, rng, config):
-    """(P,) fitness of solution["params"] (P,n), or (1,) of the full cache for None, and the share of the cache kept, mean over
+    """(P,) fitness of solution["params"] (P,n), or (1,) of the full cache for solution None, and the share of the cache kept, mean over
     all. For each task at each of its lengths, on the same `count` prompts for all candidates: mean likelihood of the
     answers, divided by `best`, the full cache's at the training length; then the mean. The likelihood has no ties, as exact
     match has; and the paper's divisor, the full cache's score on the same prompts, is near 0 where it is to be beaten.
@@ -405,19 +407,39 @@ def fitness(gpt, solution, best, part, tasks, lengths, count, rng, config):
     for task in tasks:
         for times in lengths(rng):
             batch = prompts(part, task, count, rng, config.length * int(times), config.device)
-            at_once = max(1, config.rows // count)                         # candidates
-            for start in range((rank - done) % size, P, size * at_once):
-                group = slice(start, start + size * at_once, size)
+            mine, at_once = range((rank - done) % size, P, size), max(1, config.rows // count)           # candidates
+            for start in range(0, len(mine), at_once):
+                group = list(mine[start:start + at_once])
                 manage = manager(solution | {"params": solution["params"][group]}, config) if solution else None
-                _, likelihood, _, cache = evaluate(gpt, batch, config, manage, solution is not None, len(range(P)[group]))
+                _, likelihood, _, cache = evaluate(gpt, batch, config, manage, bool(solution), len(group))
                 total[:, group] += torch.stack([likelihood / best[task], cache.float()]).view(2, -1, count).mean(2)
             done += 1
     total = summed(total).cpu() / done
     return total[0], total[1].mean().item()
 
 
+def set_zero(gpt, solution, part, config, log, validate):
+    """The score from which on tokens stay without a limit. While the limit decides, evolution has no reason to put zero anywhere;
+    the paper, which has none, has it found with the rest. So it is looked for afterwards: of the scores that a half to a tenth of
+    the tokens of a full cache reach, the highest that costs no more than 0.01 of the fitness that the best of them gives."""
+    scores, values, shortest = [], {}, config.length * min(config.evolve_at)
+    for task in config.evolve_on.split(","):
+        batch = prompts(part, task, config.choose_prompts, np.random.default_rng([config.seed, 11]), shortest, config.device)
+        cache = gpt.new_cache(len(batch.tokens), config.positions == "renumbered")
+        everything = manager(solution, config, capacity=0, threshold=-math.inf)
+        with precision(config.device):
+            read(gpt, batch.tokens[:, :batch.context // config.delay * config.delay], cache, config.delay, everything, weights=True)
+        scores += [layer.state["score"].flatten() for layer in cache]
+    for share in (0.5, 0.4, 0.3, 0.2, 0.1):
+        zero = float(np.quantile(torch.cat(scores).cpu(), 1 - share))
+        [value], kept = validate(solution | {"params": solution["params"][None], "zero": zero}, dataclasses.replace(config, capacity=0))
+        values[zero] = value.item()
+        log(f"no limit, zero at {zero:.2f}: fitness {value:.3f}, cache {kept:.1%}")
+    return max((zero for zero, value in values.items() if value >= max(values.values()) - 0.01), default=0.0)
+
+
 def evolve(gpt, parts, config, log, state, keep):
-    """Evolve the manager of the cache. Returns what namm.pt holds: params (4172,), the features' mean and std, and what it cost.
+    """Evolve the manager of the cache. Returns what namm.pt holds: params (4172,), the features' mean and std, `zero`, and the cost.
     keep(state) is called after each generation; from that state evolution goes on to the same bits.
 
     Prompts are fresh in each generation, and fitness is noisy: so what is kept is an average of the means of the search
@@ -431,7 +453,7 @@ def evolve(gpt, parts, config, log, state, keep):
     tasks_at = lambda g: evolved[:first + config.stages * max(0, g - 1) // config.generations]
     scale = namm.scale(config.scorer)                                      # one step size fits all weights
     es = CMAES(torch.zeros(len(scale)), config.sigma, config.popsize, config.seed, config.covariance == "diagonal")
-    validate = lambda solution: fitness(                                   # on prompts that are the same each time
+    validate = lambda solution, config=config: fitness(                    # on prompts that are the same each time
         gpt, solution, best, parts["choose"], evolved, lambda rng: config.evolve_at, config.choose_prompts,
         np.random.default_rng([config.seed, 3]), config)
     [full], _ = validate(None)
@@ -471,8 +493,9 @@ def evolve(gpt, parts, config, log, state, keep):
             "passed the full cache at generation": next(passed, None), "seconds": time.time() - start,
             "candidate prompts read": config.popsize * config.prompts * sum(len(tasks_at(g + 1)) for g in range(config.generations))}
     log(f"evolution: {json.dumps(cost)}")
-    return {name: x.cpu() for name, x in statistics.items()} | {
-        "params": state["chosen"], "cost": cost | {"history": state["history"]}}
+    solution = statistics | {"params": state["chosen"]}
+    zero = set_zero(gpt, solution, parts["choose"], config, log, validate) if config.capacity else 0.0
+    return solution | {"zero": zero, "cost": cost | {"history": state["history"]}}
 
 
 # --- 5. Report -------------------------------------------------------------------------------------------------------
@@ -506,9 +529,9 @@ def rule(method, solution, slots, config):
         return None, False
     if method in ("namm", "namm_free"):
         return manager(solution, config, **({"capacity": 0} if method == "namm_free" else {})), True
-    name, shared, last = re.sub("_(shared|last)$", "", method), method.endswith("_shared"), method.endswith("_last")
+    name, whose = re.fullmatch("(.*?)(_shared|_last)?", method).groups()
     budget = max(1, math.ceil(slots - 1e-9))                               # a mean of 40, if rounding puts it just above
-    return namm.baseline(name, budget, config.seed, shared, last), name in namm.ATTENTIVE
+    return namm.baseline(name, budget, config.seed, whose == "_shared", whose == "_last"), name in namm.ATTENTIVE
 
 
 def report(gpt, solution, part, config):
@@ -627,7 +650,7 @@ def anatomy(gpt, solution, part, config):
     `lm` at the longest length of evolution: share of the tokens of a kind that lives at the end of the context, and the mean
     spectra (F,) of those that stayed and of those that went, each when it was last judged."""
     rows, tasks = [], [task for task in data.TASKS if task != "lm"]
-    batch = every_task(part, 8, [config.seed, 8], config.length * max(config.evolve_at), config.device, tasks)
+    batch = every_task(part, min(8, config.rows), [config.seed, 8], config.length * max(config.evolve_at), config.device, tasks)
     tokens, place = batch.tokens[:, :batch.context], torch.arange(batch.context, device=config.device)
     asked = torch.zeros_like(tokens, dtype=torch.bool)
     for row, own, answer in zip(asked, batch.tokens.cpu().numpy(), batch.answer.cpu().numpy()):
@@ -708,8 +731,8 @@ def lead(rows, method, n):
 
 def markdown(title, head, lines):
     """Markdown, line by line: a title, and a table of these cells, all text; nothing if it has no lines."""
-    head, *lines = (f"| {' | '.join(cells)} |" for cells in (head, *lines))
-    return [f"\n{title}\n", head, "|---" * (head.count(" | ") + 1) + "|", *lines] if lines else []
+    row = lambda cells: f"| {' | '.join(cells)} |"
+    return [f"\n{title}\n", row(head), "|---" * len(head) + "|", *map(row, lines)] if lines else []
 
 
 def means(rows):
@@ -1151,11 +1174,11 @@ def prepare(config, action):
         raise ValueError(f"{out} holds a gpt.pt but no config.json: it is not a run of this version; give another --out")
     if (config.base or config.eval) and not path.exists():
         raise ValueError(f"--{'base' if config.base else 'eval'} {path.parent}: the folder has no gpt.pt")
-    own = out if action in data.TASKS else sources[0]                      # where the vector is
+    own = sources[0] if config.eval and action == "run" or action == "bench" else out        # where the vector is
     found = {"gpt": load(path, {"config", "model"}, config.device),
              "training": load(out / "training.pt", {"step", "model", "muon", "adamw"}, config.device),
              "evolution": load(out / "evolution.pt", {"next", "es", "average", "history"}),
-             "namm": load(own / "namm.pt", {"params", "mean", "std", "cost"}),
+             "namm": load(own / "namm.pt", {"params", "mean", "std", "zero", "cost"}),
              "report": load(out / "report.pt", {"config", "evolution"})}
     if found["gpt"]:
         own_sizes = found["gpt"]["config"]
@@ -1245,8 +1268,7 @@ def run(config, out, parts, sizes, found):
     for name, part in parts.items():
         log(f"{name:8s}{len(part.tokens):10,} tokens of text, {len(part.words):5,} words for keys")
     gpt = base_model(out, parts["train"], sizes, found, config, log)
-    solution = found["namm"] if config.eval else evolve(gpt, parts, config, log, found["evolution"],
-                                                      lambda state: save(out / "evolution.pt", state))
+    solution = found["namm"] or evolve(gpt, parts, config, log, found["evolution"], lambda state: save(out / "evolution.pt", state))
     if world()[0] > 0:                                                     # the report is written by the first process
         return
     save(out / "namm.pt", solution)

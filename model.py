@@ -84,7 +84,8 @@ class KVCache:
         row that keeps fewer is padded with dead slots on the left."""
         keep = keep & self.alive
         count = keep.sum(-1)                                               # (B,K)
-        S, fewest = max(1, int(count.max())), int(count.min())
+        fewest, most = torch.stack(count.aminmax()).tolist()               # one wait for the device
+        S = max(1, most)
         if fewest == keep.shape[-1]:
             return
         order = (keep * torch.arange(1, keep.shape[-1] + 1, device=keep.device)).sort(-1).values[..., -S:] - 1
@@ -142,15 +143,15 @@ def attend(q, k, v, alive=None, weights=False):
     for start in range(0, T, at_once):                                     # piece by piece: scores fit the cache of a CPU, and
         piece = q[:, :, :, start:start + at_once]                          # no piece looks at slots after it: twice as fast
         n = piece.shape[3]
-        before = S - T + start + n                                         # slots that this piece may look at
-        scores = (piece.reshape(B, K, g * n, D) * D ** -0.5) @ k[:, :, :before].transpose(-1, -2)        # (B,K,gn,before)
+        there = S - T + start + n                                         # slots that this piece may look at
+        scores = (piece.reshape(B, K, g * n, D) * D ** -0.5) @ k[:, :, :there].transpose(-1, -2)        # (B,K,gn,there)
         future = torch.full((n, n), -math.inf, device=q.device).triu(1)    # to add it takes a seventh of masked_fill's time
-        scores.view(B, K, g, n, before)[..., before - n:] += future
+        scores.view(B, K, g, n, there)[..., there - n:] += future
         if dead is not None:
-            scores += dead[:, :, None, :before]
+            scores += dead[:, :, None, :there]
         scores = scores.softmax(-1)
-        out.append((scores.to(v.dtype) @ v[:, :, :before]).view(B, K, g, n, D))
-        received[:, :, start:start + n, :before] = scores.view(B, K, g, n, before).mean(2)
+        out.append((scores.to(v.dtype) @ v[:, :, :there]).view(B, K, g, n, D))
+        received[:, :, start:start + n, :there] = scores.view(B, K, g, n, there).mean(2)
     return torch.cat(out, dim=3), received
 
 
@@ -267,8 +268,8 @@ class GPT(nn.Module):
 
     def hidden(self, tokens, cache=None, weights=False):
         """tokens (B,T) -> (B,T,C), what the output layer reads. With a cache the tokens follow those it has seen. Each layer of it
-        notes in `received`, if `weights`, the attention that each slot got, (B,K,T,S), of all calls since somebody made it None;
-        and in `mixed`, in training, what its heads read of it in this call, (B,T,H D)."""
+        notes in `received`, if `weights`, the attention that each slot got, (B,K,T,S), of all calls since somebody made it None, as
+        `read` does after each block; and in `mixed`, if gradients are on, what its heads read of it in this call, (B,T,H D)."""
         cache = cache or self.new_cache(len(tokens), renumber=True)
         x, table = self.tok_embeddings(tokens), self.rotary_table(tokens.shape[1] + cache[0].seen)
         for layer, own in zip(self.layers, cache):
@@ -309,7 +310,7 @@ def losses(gpt, batch, recall, draw):
     cache, hidden, mixed = gpt.new_cache(len(batch.tokens), renumber=True), [], []
     for half in batch.tokens[:, :n].split((n + 1) // 2, dim=1):
         hidden.append(gpt.hidden(half, cache))
-        mixed.append([layer.mixed for layer in cache])                     # what the heads read from the cache
+        mixed.append({i: cache[i].mixed for i in range(c.n_layer // 2, c.n_layer)})          # what the heads read of the cache
         for layer in cache[:-1]:                                           # holes: a share of its own for each prompt and layer
             luck = draw(c.n_kv_head, n).gather(2, layer.positions)         # (N,K,S), of a token wherever it now is
             keep = luck < draw(1, 1) ** 3                                  # half of the time an eighth or less stays
@@ -324,7 +325,7 @@ def losses(gpt, batch, recall, draw):
 
     recall = recall[:, :n]                                                 # (N,n)
     who = (draw(n) * len(heads)).long().masked_fill(recall < 0, -1)        # (N,n)
-    mixed = [torch.cat(pieces, dim=1) for pieces in zip(*mixed)]           # (N,n,H D) of each layer
+    mixed = {i: torch.cat([half[i] for half in mixed], dim=1) for i in mixed[0]}             # (N,n,H D) of each layer
     named = sum((mixed[i][..., own] @ gpt.layers[i].attention.wo.weight[:, own].T) * (who == h)[..., None]
                 for h, (i, own) in enumerate(heads))[recall >= 0]          # (places,C)
     recalled = F.cross_entropy(gpt.output(gpt.norm(named)), recall[recall >= 0], reduction="none")
@@ -429,8 +430,9 @@ def train(gpt, batches, steps, lr, precision, state=None, keep=None):
 @torch.no_grad()
 def read(gpt, tokens, cache, delay, manage=None, weights=False):
     """Read tokens (B,T) into the cache, in blocks that end where the tokens seen are a multiple of `delay`. After each
-    whole block manage(cache, received) may evict, with what all the block's tokens attended to in each layer, [(B,K,T,S)], in
-    however many calls they came. If it stacks copies of the rows, all copies read on. Returns the last block's hidden states."""
+    whole block manage(cache, received) may evict, with what all the block's tokens attended to in each layer, in however many
+    calls they came: [(B,K,T,S)], or [None] unless `weights`. If it stacks copies of the rows, all copies read on. Returns the
+    last block's hidden states."""
     ends = range(delay - cache[0].seen % delay, tokens.shape[1], delay)    # where blocks end, without the last
     for block in tokens.tensor_split(list(ends), dim=1):
         out = gpt.hidden(block.repeat(cache[0].copies, 1), cache, weights)

@@ -13,9 +13,10 @@ After Cetin, Sun, Zhao, Tang: An Evolved Universal Transformer Memory, ICLR 2025
 To see what a part is worth, there are plainer ones in its place: `values` and `moments` for 1, `linear_scores`,
 `mlp_scores` and "unmasked" for 4, and SEES, which blinds the scorer to one half of its features. A first reading may skip them.
 
-This file knows nothing of the GPT: it sees attention tensors, and a cache for each layer (keys, positions, alive, state, evict).
+This file knows nothing of the GPT: it sees attention tensors, and each layer's cache (keys, values, positions, alive, state, seen,
+copies, repeat, evict).
 Letters: P candidates (parameter vectors), B rows = P x prompts, candidate-major (all prompts of the first candidate,
-then all of the second), K key/value heads, T new tokens since the last run, S slots in the cache, F frequency bins.
+then all of the second), K key/value heads, T tokens of the last block, S slots in the cache, F frequency bins.
 """
 
 from functools import lru_cache, partial
@@ -204,25 +205,25 @@ def evict(cache, scores, threshold, most=None, shared=False):
 
 # --- 6. The manager --------------------------------------------------------------------------------------------------
 
-def spectra(cache, attention, sees):
-    """Steps 1 and 2 for one layer: what each slot received in this block, attention (B,K,T,S), added to what the cache
+def spectra(layer, attention, sees):
+    """Steps 1 and 2 for one layer: what each slot received in this block, attention (B,K,T,S), added to what its cache
     remembers of it. -> moving averages (B,K,S,F).
 
     Not in the paper: a Hann window falls to zero, so complete frames hardly count the newest queries, which know best what will be
     asked for. Unless `sees` is "closed" they count in the frame that they have opened as well: half of what a block of 32 shows."""
     B, K, T, S = attention.shape
     attention = attention.float()
-    if "spectrum" not in cache.state:
-        cache.state = {"tail": attention.new_zeros(B, K, S, HOP), "spectrum": attention.new_zeros(B, K, S, F)}
+    if "spectrum" not in layer.state:
+        layer.state = {"tail": attention.new_zeros(B, K, S, HOP), "spectrum": attention.new_zeros(B, K, S, F)}
     transform, gamma = {"values": values, "moments": moments}.get(sees, spectrogram), MEMORY ** (HOP / T)
-    tail, average = cache.state["tail"], cache.state["spectrum"].mT.contiguous().mT    # slots last in memory, as in the attention
+    tail, average = layer.state["tail"], layer.state["spectrum"].mT.contiguous().mT    # slots last in memory, as in the attention
     step = HOP if attention.device.type == "cpu" else T                    # frame by frame: it fits the cache of a CPU
     for start in range(0, T, step):
         piece, there = attention[:, :, start:start + step], S - T + start + step
         frames = transform(piece[..., :there], tail[:, :, :there])         # younger slots have received nothing yet
         average[:, :, :there] = moving_average(frames, average[:, :, :there], gamma)
         tail = piece[:, :, -HOP:].mT
-    cache.state = {"tail": tail.contiguous(), "spectrum": average}
+    layer.state = {"tail": tail.contiguous(), "spectrum": average}
     if transform is spectrogram and sees != "closed":                      # a frame half full: the newest HOP queries, then zeros;
         opened = magnitudes(attention[:, :, -HOP:]).mT                     # judged by, not remembered
         average = moving_average(opened[:, :, :, None], average, gamma)    # opened (B,K,S,F)
@@ -347,9 +348,8 @@ def baseline(name, budget, seed=0, shared=False, last=False):
     generator = torch.Generator().manual_seed(seed)
     def manage(cache, attention):
         """Keep the best by the rule, from the attention [(B,K,T,S)] of the block just read; [None] if it looks at none."""
-        n, most = len(cache), [budget] * len(cache)
-        if last:                                                           # what one in each layer below and all in each above leave
-            most = [max(1, budget * n - i - (n - 1 - i) * cache[0].seen) for i in range(n)]
+        n = len(cache)                                                     # `last`: what one in each layer below and all above leave
+        most = [max(1, budget * n - i - (n - 1 - i) * cache[0].seen) if last else budget for i in range(n)]
         scores = [BASELINES[name](layer, received, own, generator) for layer, received, own in zip(cache, attention, most)]
         evict(cache, scores, -torch.inf, most, shared)
     return manage

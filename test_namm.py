@@ -977,6 +977,29 @@ def test_a_rule_gets_the_slots_of_namm(parts):
     assert [evolve.slots_of(share, n, config) for share, n in ((0.5, 96), (0.375, 64), (1, 32))] == [48, 8, 32]
 
 
+def test_zero_is_set_afterwards_and_counts_without_a_limit(parts):
+    """Five places for zero, which a half, then less and less of all scores reach, and the highest of those that cost next to nothing.
+    Catches: the best place instead, or one that costs; scores of a cut cache; a zero that counts where there is a limit, or never."""
+    torch.manual_seed(0)
+    gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, n_hidden=32)).eval()
+    solution = {"params": 0.3 * torch.randn(4172), "mean": torch.zeros(17), "std": torch.ones(17)}
+    config, asked = evolve.Config(device="cpu", length=128, delay=64, choose_prompts=2), []
+    fake = lambda own, config: asked.append((own["zero"], config.capacity)) or (torch.tensor([.90, .95, .945, .93, .2][len(asked) - 1:][:1]), 0.5)
+    zero = evolve.set_zero(gpt, solution, parts[2]["choose"], config, lambda line: None, fake)
+    assert zero == asked[2][0] and asked == sorted(asked) and {limit for _, limit in asked} == {0}
+    assert evolve.set_zero(gpt, solution, parts[2]["choose"], config, lambda line: None, lambda own, config: (torch.tensor([math.nan]), 0.5)) == 0.0
+    tokens = torch.cat([evolve.prompts(parts[2]["choose"], task, 2, np.random.default_rng([0, 11]), 128, "cpu").tokens[:, :64]
+                        for task in config.evolve_on.split(",")])
+    kept = {}
+    for name, changes in {"all": dict(capacity=0, threshold=-math.inf), "free": dict(capacity=0), "limit": dict(capacity=9)}.items():
+        for place in (asked[2][0], 1e9):
+            cache = gpt.new_cache(6, renumber=True)
+            model.read(gpt, tokens, cache, 64, evolve.manager(solution | {"zero": place}, config, **changes), weights=True)
+            kept[name, place] = [layer.alive.sum().item() for layer in cache]
+    assert sum(kept["all", 1e9]) == 6 * 3 * 64 and kept["free", 1e9] == [6] * 3 and kept["limit", 1e9] == kept["limit", zero]
+    assert sum(kept["free", zero]) == pytest.approx(0.3 * 6 * 3 * 64, abs=6 * 3)       # three tenths, and the newest of each head
+
+
 def test_bfloat16_gives_nearly_the_same_answers(parts, monkeypatch):
     """The precision of a GPU, on the CPU. Catches: a cache that mixes types, spectra computed in bfloat16."""
     made = parts[2]
@@ -1200,7 +1223,7 @@ def test_stages_add_a_task_each(parts, monkeypatch):
     gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_embd=32, head_dim=8, n_hidden=32)).eval()
     config = evolve.Config(**evolve.PRESETS["smoke"] | dict(device="cpu", evolve_on="copy,lm,kv", stages=2, generations=4, validate=4))
     cost = evolve.evolve(gpt, parts[2], config, lambda line: None, None, lambda state: None)["cost"]
-    assert [" ".join(tasks) for tasks in asked] == ["copy lm kv"] * 2 + ["copy lm"] * 2 + ["copy lm kv"] * 3
+    assert [" ".join(tasks) for tasks in asked] == ["copy lm kv"] * 2 + ["copy lm"] * 2 + ["copy lm kv"] * (3 + 5)
     assert cost["candidate prompts read"] == config.popsize * config.prompts * 10
 
 
