@@ -1253,7 +1253,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, corpus):
     """SIGKILL at three moments and Ctrl-C, which says how to go on, at a fourth, then the same command again: the GPT, the vector
     and the report of a run never stopped. Catches: random state that is lost, a file half written or that cannot be read, a
     generation counted twice."""
-    settings = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--steps", "120", "--generations", "5", "--report_at", "1"]
+    settings = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--steps", "120", "--generations", "5", "--report_at", "1", "--evolve_at", "1"]
     never_stopped = start(*settings, "--out", tmp_path / "whole")
     for file in ("training.pt", "gpt.pt", "evolution.pt", "report.pt"):    # as soon as the run has got so far
         process, said = start(*settings, "--out", tmp_path / "killed")
@@ -1300,7 +1300,7 @@ def test_two_processes_are_the_run_of_one(tmp_path, smoke):
     gathered, gradients that are averaged twice."""
     alone, settings = smoke
     one, two = tmp_path / "one", tmp_path / "two"
-    settings = [*map(str, settings[:-2]), "--report_at", "1", "--methods", "namm,full"]
+    settings = [*map(str, settings[:-2]), "--report_at", "1", "--evolve_at", "1", "--methods", "namm,full"]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "evolve.py", *settings,
                            "--out", str(two)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -1327,7 +1327,7 @@ def test_the_changes_that_readme_shows_work(tmp_path, corpus):
         [path] = [path for path in tmp_path.glob("*.py") if old in path.read_text()]
         path.write_text(path.read_text().replace(old, new))
     done = subprocess.run([sys.executable, "evolve.py", "--preset", "smoke", "--device", "cpu", "--corpus", str(corpus), "--scorer", "product",
-                           "--report_at", "1", "--methods", "namm,full,fetched_most_shared"], cwd=tmp_path, capture_output=True, text=True)
+                           "--report_at", "1", "--evolve_at", "1", "--methods", "namm,full,fetched_most_shared"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "runs/smoke/results.json").read_text())["report"]
     assert ("owner", "fetched_most_shared") in {(row["task"], row["method"]) for row in report} and len(diffs) == 5
