@@ -339,7 +339,8 @@ def batch(part, tasks, rng, length):
     n, pad = length - room(length), part.encode("\n")[0]
     tokens, answer = (np.full((len(tasks), length), fill, dtype=np.int64) for fill in (pad, 0))
     for i, task in enumerate(tasks):
-        tokens[i, :n], questions = TASKS.get(task, task)(part, rng, n, room(length))
+        make = TASKS.get(task, task)
+        tokens[i, :n], questions = make(part, rng, n, room(length))
         end = n
         for which, (question, reply) in enumerate(questions, 1):
             start, end = end, end + len(question) + len(reply)
@@ -348,8 +349,7 @@ def batch(part, tasks, rng, length):
             tokens[i, start:end] = np.concatenate([question, reply])
             answer[i, end - len(reply):end] = which
         if not answer[i].any():
-            raise ValueError(f"task {getattr(task, '__name__', task)}: its first question and answer do not fit in "
-                             f"{room(length)} tokens")
+            raise ValueError(f"task {make.__name__}: its first question and answer do not fit in {room(length)} tokens")
     return Batch(torch.from_numpy(tokens), torch.from_numpy(answer), n, list(tasks))
 
 

@@ -4,7 +4,7 @@ Read in this order:
   1. Config       every setting, with its help; presets
   2. CMAES        the evolution strategy, after Hansen's tutorial (arXiv 1604.00772), whose equation numbers it gives
   3. evaluate     prompts through the cache, the questions afterwards, and the scores
-  4. evolve       the loop: candidates, prompts, fitness, stages, validation
+  4. evolve       the loop: candidates, prompts, fitness, stages, validation; afterwards, where zero lies without a limit
   5. report       every method on every task and length; then stream, curve, anatomy, lost: the same question in other ways
   6. table, page  files, tables, pictures, report.html, `--show RUN`, `--summary RUN/results.json ...`
   7. bench        `--bench`: what it costs
@@ -163,6 +163,7 @@ def parse(argv=None):
         given = {name: value for name, value in own.items() if name in taken} | given
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = given.pop("preset", "gpu" if device == "cuda" else "cpu")
+    # a benchmark writes nothing: in a folder that nobody makes it finds no GPT and no tokeniser of other sizes
     config = Config(**{"out": f"runs/{'bench' if action == 'bench' else preset}", **PRESETS[preset], **given, "device": device})
     check(config)
     return config, action
@@ -295,7 +296,7 @@ class CMAES:
 
     def state_dict(self):
         """All that changes, as tensors and numbers."""
-        return {name: copy.deepcopy(getattr(self, name)) for name in ("mean", "sigma", "generation", "p_sigma", "p_c", "C", "B", "D")}
+        return copy.deepcopy({name: getattr(self, name) for name in ("mean", "sigma", "generation", "p_sigma", "p_c", "C", "B", "D")})
 
     def load_state_dict(self, state):
         """Go on from state_dict() of a CMAES made with the same arguments."""
@@ -389,14 +390,17 @@ def feature_statistics(gpt, part, config):
     totals = torch.zeros(3, namm.F, dtype=torch.float64, device=config.device)
     rng = np.random.default_rng([config.seed, 1])
     for task in config.evolve_on.split(","):
-        batch = prompts(part, task, min(8, config.rows), rng, config.length * max(config.evolve_at), config.device)
-        ask(gpt, batch, config, namm.statistics(totals, config.features), weights=True)
+        batch, rows = prompts(part, task, 8, rng, config.length * max(config.evolve_at), config.device), None
+        while rows != config.rows:                                         # again, if memory ran out: some were counted twice
+            own, rows = torch.zeros_like(totals), config.rows
+            evaluate(gpt, batch, config, namm.statistics(own, config.features), weights=True)
+        totals += own
     return dict(zip(("mean", "std"), namm.mean_std(totals.cpu())))
 
 
 def fitness(gpt, solution, best, part, tasks, lengths, count, rng, config):
-    """(P,) fitness of solution["params"] (P,n), or (1,) of the full cache for solution None, and the share of the cache kept, mean over
-    all. For each task at each of its lengths, on the same `count` prompts for all candidates: mean likelihood of the
+    """(P,) fitness of solution["params"] (P,n), or (1,) of the full cache for solution None, and the share of the cache kept, mean
+    over all. For each task at each of its lengths, on the same `count` prompts for all candidates: mean likelihood of the
     answers, divided by `best`, the full cache's at the training length; then the mean. The likelihood has no ties, as exact
     match has; and the paper's divisor, the full cache's score on the same prompts, is near 0 where it is to be beaten.
 
@@ -430,9 +434,10 @@ def set_zero(gpt, solution, part, config, log, validate):
         with precision(config.device):
             read(gpt, batch.tokens[:, :batch.context // config.delay * config.delay], cache, config.delay, everything, weights=True)
         scores += [layer.state["score"].flatten() for layer in cache]
+    scores, free = torch.cat(scores).cpu(), dataclasses.replace(config, capacity=0)
     for share in (0.5, 0.4, 0.3, 0.2, 0.1):
-        zero = float(np.quantile(torch.cat(scores).cpu(), 1 - share))
-        [value], kept = validate(solution | {"params": solution["params"][None], "zero": zero}, dataclasses.replace(config, capacity=0))
+        zero = float(np.quantile(scores, 1 - share))
+        [value], kept = validate(solution | {"params": solution["params"][None], "zero": zero}, free)
         values[zero] = value.item()
         log(f"no limit, zero at {zero:.2f}: fitness {value:.3f}, cache {kept:.1%}")
     return max((zero for zero, value in values.items() if value >= max(values.values()) - 0.01), default=0.0)

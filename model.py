@@ -47,9 +47,9 @@ class KVCache:
     """What one layer remembers: for each row and KV head, S slots, oldest first.
 
     keys (B,K,S,D), before rotation    values (B,K,S,D)    positions (B,K,S), in the text    alive (B,K,S) bool
-    state {name: (B,K,S,...)}: whatever a manager wants to keep for each slot, zero for a new one. Where heads or rows keep fewer
-    slots than others, dead padding on the left fills up, which no query sees. `renumber`: keys are rotated to their place in the
-    cache (the survivors close ranks) instead of their place in the text.
+    state {name: (B,K,S,...)}: whatever a manager wants to keep for each slot; it travels with the slot, and is zero for a new one.
+    Where heads or rows keep fewer slots than others, dead padding on the left fills up, which no query sees. `renumber`: keys are
+    rotated to their place in the cache (the survivors close ranks) instead of their place in the text.
     """
 
     def __init__(self, keys, renumber=False):
@@ -143,7 +143,7 @@ def attend(q, k, v, alive=None, weights=False):
     for start in range(0, T, at_once):                                     # piece by piece: scores fit the cache of a CPU, and
         piece = q[:, :, :, start:start + at_once]                          # no piece looks at slots after it: twice as fast
         n = piece.shape[3]
-        there = S - T + start + n                                         # slots that this piece may look at
+        there = S - T + start + n                                          # slots that this piece may look at
         scores = (piece.reshape(B, K, g * n, D) * D ** -0.5) @ k[:, :, :there].transpose(-1, -2)        # (B,K,gn,there)
         future = torch.full((n, n), -math.inf, device=q.device).triu(1)    # to add it takes a seventh of masked_fill's time
         scores.view(B, K, g, n, there)[..., there - n:] += future

@@ -847,7 +847,7 @@ def test_holes_are_for_all_layers_but_the_last(parts, monkeypatch):
 
 
 def test_out_of_memory_halves_the_rows_and_changes_nothing(parts, monkeypatch, capsys):
-    """A device that fails above some size, in training and in evaluation: the same gradient and scores, in smaller
+    """A device that fails above some size, in training and in evaluation: the same gradient, scores and statistics, in smaller
     pieces. Catches: rows lost or mixed up when halves are joined, noise that depends on the split, what a failed try counted."""
     made, size = parts[2], dict(vocab_size=parts[1].n_vocab, n_embd=32, n_hidden=32)
 
@@ -877,6 +877,8 @@ def test_out_of_memory_halves_the_rows_and_changes_nothing(parts, monkeypatch, c
         config = evolve.Config(device="cpu", rows=16)
         scores[-1] = [*scores[-1], *evolve.evaluate(gpt, many, config, namm.baseline("tova", 20), True)]
         assert config.rows == (4 if most == 7 else 16)                     # halved twice, not once more for each further piece
+        config = evolve.Config(device="cpu", rows=16, length=64, delay=16, evolve_at=(2,))
+        scores[-1] += evolve.feature_statistics(gpt, made["evolve"], config).values()
     for got, want in zip(*scores):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     assert "out of memory" in capsys.readouterr().out
