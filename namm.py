@@ -54,26 +54,25 @@ def magnitudes(windows):
     return cosines.sqrt_()
 
 
-def spectrogram(attention, tail):
-    """Short-time Fourier magnitudes of the attention that each slot received: as torch.stft, not centred, over tail and block.
+def spectrogram(samples):
+    """Short-time Fourier magnitudes of the attention that each slot received: as torch.stft, not centred.
 
-    attention (B,K,T,S): for each of T queries, what each slot received; T a multiple of HOP. tail (B,K,S,16): the last HOP values
-    of the block before, zero for a new slot. Returns magnitudes (B,K,S,frames,F), frames = T / HOP; a frame's window is the HOP
-    samples before it and the HOP in it, so where a text is cut into blocks does not change a frame.
+    samples (B,K,HOP+T,S): what each slot received from each of T queries, T a multiple of HOP, and before them from the last HOP
+    queries of the block before, zero for a new slot. Returns magnitudes (B,K,S,frames,F), frames = T / HOP; a frame's window is the
+    HOP samples before it and the HOP in it, so where a text is cut into blocks does not change a frame.
     """
-    samples = torch.cat([tail.transpose(-1, -2), attention], dim=2)                              # (B,K,HOP+T,S)
     return magnitudes(samples.unfold(2, N_FFT, HOP).mT).permute(0, 1, 4, 2, 3)                   # of windows (B,K,frames,32,S)
 
 
-def values(attention, tail):
+def values(samples):
     """In place of `spectrogram`, to see what Fourier is worth: a frame's 16 new values as they are, and a zero."""
-    return pad(attention.unflatten(2, (-1, HOP)).permute(0, 1, 4, 2, 3), (0, F - HOP))           # (B,K,S,frames,F)
+    return pad(samples[:, :, HOP:].unflatten(2, (-1, HOP)).permute(0, 1, 4, 2, 3), (0, F - HOP))           # (B,K,S,frames,F)
 
 
-def moments(attention, tail):
+def moments(samples):
     """In place of `spectrogram`: mean and maximum of a frame's 16 new values, and zeros."""
-    samples = values(attention, tail)
-    return pad(torch.stack([samples.sum(-1) / HOP, samples.amax(-1)], dim=-1), (0, F - 2))
+    new = values(samples)
+    return pad(torch.stack([new.sum(-1) / HOP, new.amax(-1)], dim=-1), (0, F - 2))
 
 
 # --- 2. Spectrogram -> one spectrum a token (section 3.1) ------------------------------------------------------------
@@ -216,14 +215,15 @@ def spectra(layer, attention, sees):
     if "spectrum" not in layer.state:
         layer.state = {"tail": attention.new_zeros(B, K, S, HOP), "spectrum": attention.new_zeros(B, K, S, F)}
     transform, gamma = {"values": values, "moments": moments}.get(sees, spectrogram), MEMORY ** (HOP / T)
-    tail, average = layer.state["tail"], layer.state["spectrum"].mT.contiguous().mT    # slots last in memory, as in the attention
+    average = layer.state["spectrum"].mT.contiguous().mT                   # slots last in memory, as in the attention
     step = HOP if attention.device.type == "cpu" else T                    # frame by frame: it fits the cache of a CPU
     for start in range(0, T, step):
-        piece, there = attention[:, :, start:start + step], S - T + start + step
-        frames = transform(piece[..., :there], tail[:, :, :there])         # younger slots have received nothing yet
+        samples, there = attention[:, :, max(0, start - HOP):start + step], S - T + start + step
+        if start == 0:
+            samples = torch.cat([layer.state["tail"].mT, samples], dim=2)  # (B,K,HOP+step,S)
+        frames = transform(samples[..., :there])                           # younger slots have received nothing yet
         average[:, :, :there] = moving_average(frames, average[:, :, :there], gamma)
-        tail = piece[:, :, -HOP:].mT
-    layer.state = {"tail": tail.contiguous(), "spectrum": average}
+    layer.state = {"tail": attention[:, :, -HOP:].mT.contiguous(), "spectrum": average}
     if transform is spectrogram and sees != "closed":                      # a frame half full: the newest HOP queries, then zeros;
         opened = magnitudes(attention[:, :, -HOP:]).mT                     # judged by, not remembered
         average = moving_average(opened[:, :, :, None], average, gamma)    # opened (B,K,S,F)
