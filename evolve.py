@@ -13,7 +13,6 @@ Read in this order:
 
 import argparse
 import copy
-import ctypes
 import dataclasses
 import functools
 import html
@@ -210,15 +209,6 @@ def check(c):
 def precision(device):
     """The one place that decides it: bfloat16 for matrix products on a GPU, float32 on a CPU."""
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
-
-
-def hold_memory():
-    """On Linux, let the process hold on to memory that it has freed: to get large pieces from the system anew, and cleared, takes a
-    tenth to a quarter of the time of NAMM with long blocks on a CPU."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):                                           # the GNU library
-        libc.mallopt(-4, 0)                                                # M_MMAP_MAX: no piece is mapped for itself
-        libc.mallopt(-1, 2 ** 31 - 1)                                      # M_TRIM_THRESHOLD: nothing is given back
 
 
 # --- 2. CMA-ES -------------------------------------------------------------------------------------------------------
@@ -1145,8 +1135,7 @@ def bench(config, parts, gpt, solution):
         some = solution | {"params": solution["params"] + 0.1 * torch.randn(popsize, len(solution["params"]))}
         took = seconds(lambda: fitness(gpt, some, {"multikey": 1.0}, parts["evolve"], ["multikey"], lambda rng: [4], 1,
                                        np.random.default_rng(0), config), device)
-        print(f"{popsize} candidates x 1 prompt of {4 * config.length} tokens: {popsize / took:.1f} a second, {world()[1]} process"
-              + "es" * (world()[1] > 1))
+        print(f"{popsize} candidates x 1 prompt of {4 * config.length} tokens, processes {world()[1]}: {popsize / took:.1f} a second")
     for diagonal in (True, False):
         es = CMAES(torch.zeros(namm.N_PARAMS), 0.6, 32, diagonal=diagonal)
         once = seconds(lambda: es.tell(es.ask()[:, 0]), "cpu")
@@ -1311,7 +1300,6 @@ def main():
         if sys.argv[1:2] == ["--summary"]:
             return summary(sys.argv[2:])
         config, action = parse()
-        hold_memory()
         if "WORLD_SIZE" in os.environ:                                     # torchrun --nproc-per-node=N evolve.py ...
             torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
             if config.device == "cuda":

@@ -137,7 +137,7 @@ def attend(q, k, v, alive=None, weights=False):
             mask = torch.cat([seen] * g, dim=-2)                           # a group's queries share keys: one matmul
             out = F.scaled_dot_product_attention(q.reshape(B, K, g * T, D), k, v, attn_mask=mask)
         return out.view(B, K, g, T, D), None
-    out, received = [], torch.empty(B, K, T, S, device=q.device)
+    out, received = [], torch.zeros(B, K, T, S, device=q.device)
     dead = None if alive is None else torch.zeros(B, K, S, device=q.device).masked_fill(~alive, -math.inf)      # (B,K,S)
     at_once = PIECE if q.device.type == "cpu" else T
     for start in range(0, T, at_once):                                     # piece by piece: scores fit the cache of a CPU, and
@@ -151,8 +151,7 @@ def attend(q, k, v, alive=None, weights=False):
             scores += dead[:, :, None, :there]
         scores = scores.softmax(-1)
         out.append((scores.to(v.dtype) @ v[:, :, :there]).view(B, K, g, n, D))
-        torch.mean(scores.view(B, K, g, n, there), 2, out=received[:, :, start:start + n, :there])
-        received[:, :, start:start + n, there:] = 0.0
+        received[:, :, start:start + n, :there] = scores.view(B, K, g, n, there).mean(2)
     return torch.cat(out, dim=3), received
 
 
