@@ -66,7 +66,7 @@ def spectrogram(samples):
 
 def values(samples):
     """In place of `spectrogram`, to see what Fourier is worth: a frame's 16 new values as they are, and a zero."""
-    return pad(samples[:, :, HOP:].unflatten(2, (-1, HOP)).permute(0, 1, 4, 2, 3), (0, F - HOP))           # (B,K,S,frames,F)
+    return pad(samples[:, :, HOP:].unflatten(2, (-1, HOP)).permute(0, 1, 4, 2, 3), (0, F - HOP))         # (B,K,S,frames,F)
 
 
 def moments(samples):
@@ -218,9 +218,9 @@ def spectra(layer, attention, sees):
     average = layer.state["spectrum"].mT.contiguous().mT                   # slots last in memory, as in the attention
     step = HOP if attention.device.type == "cpu" else T                    # frame by frame: it fits the cache of a CPU
     for start in range(0, T, step):
-        samples, there = attention[:, :, max(0, start - HOP):start + step], S - T + start + step
-        if start == 0:
-            samples = torch.cat([layer.state["tail"].mT, samples], dim=2)  # (B,K,HOP+step,S)
+        samples = attention[:, :, start - HOP:start + step] if start else torch.cat(             # (B,K,HOP+step,S)
+            [layer.state["tail"].mT, attention[:, :, :step]], dim=2)
+        there = S - T + start + step
         frames = transform(samples[..., :there])                           # younger slots have received nothing yet
         average[:, :, :there] = moving_average(frames, average[:, :, :there], gamma)
     layer.state = {"tail": attention[:, :, -HOP:].mT.contiguous(), "spectrum": average}
