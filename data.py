@@ -1,19 +1,22 @@
 """Real text, a tokeniser learned from it, and eight long-context tasks over it.
 
 Read in this order:
-  1. documents, split        text that every Python carries, cut by document into four disjoint parts
+  1. documents, deal         text that every Python carries, cut and dealt to four disjoint parts
   2. learn_bpe, tokenizer    byte-pair ranks from the training part, served by tiktoken
   3. Part, make_parts        what one part owns: its token stream and its words
   4. TASKS                   one short function each: a context to read, questions to answer afterwards
   5. batch, training_batch   prompts as tensors, and what to predict while the GPT is trained
 
-A prompt of length L is a context of L - room(L) tokens, then questions of at most room(L) tokens. The cache is
-compressed while the context is read, before any question is known. Letters: N prompts, L tokens, V vocabulary.
+A prompt of length L is a context of L - room(L) tokens, then questions of at most room(L) tokens.
+The cache is compressed while the context is read, before any question is known.
+Letters: N prompts, L tokens, V vocabulary.
 """
 
 import base64
 import collections
 import hashlib
+import heapq
+import os
 import pathlib
 import pydoc_data.topics
 import re
@@ -24,28 +27,30 @@ import numpy as np
 import tiktoken
 import torch
 
-# How text is cut before byte pairs are merged: words, single digits, runs of marks, line ends, other white space.
-PATTERN = r" ?[^\W\d_]+| ?\d| ?[^\s\w]+|_+|\s*\n|\s+"
+# How text is cut before byte pairs are merged: words, single digits, runs of marks, line ends, other
+# white space. Sixteen characters at most: a script without spaces has words as long as a sentence.
+PATTERN = r" ?[^\W\d_]{1,16}| ?\d| ?[^\s\w]{1,16}|_{1,16}|\s{0,15}\n|\s{1,16}"
 SUFFIXES = (".txt", ".md", ".rst", ".py")
-SHARES = {"train": 0.64, "evolve": 0.14, "choose": 0.08, "report": 0.14}   # of the documents
-WORDS = {"values": 0.25, "evolve": 0.25, "choose": 0.10, "report": 0.25}   # of the words; to train: all other tokens
+SHARES = {"train": 0.64, "evolve": 0.14, "choose": 0.08, "report": 0.14}   # of the text
+WORDS = {"values": 0.25, "evolve": 0.25, "choose": 0.10, "report": 0.25}   # to train: all others
 
 
-# --- 1. Documents ----------------------------------------------------------------------------------------------------
+# --- 1. Documents ----------------------------------------------------------------------------------
 
 def documents(corpus=None):
-    """The texts to learn from, [str]: without `corpus` the language reference (one document a topic) and the sources of the
-    standard library; with it a file, or a folder's SUFFIXES files, cut into pieces of some 4,000 characters at blank lines if there
-    are few. Raises ValueError, with a line for the user, when there is nothing to read."""
+    """The texts to learn from, [str]: without `corpus` the language reference (one document a topic)
+    and the sources of the standard library; with it a file, or all SUFFIXES files under a folder.
+    Raises ValueError, with a line for the user, when there is nothing to read."""
     if corpus is None:
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-        skip = {"site-packages", "pydoc_data", "__pycache__"}              # pydoc_data holds the reference once more
+        skip = {"site-packages", "dist-packages", "pydoc_data", "__pycache__"}   # the reference again
         files = sorted(f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
-        return list(pydoc_data.topics.topics.values()) + [f.read_text("utf-8", "replace") for f in files]
+        topics = list(pydoc_data.topics.topics.values())
+        return topics + [f.read_text("utf-8", "replace") for f in files]
     path = pathlib.Path(corpus)
     if not path.exists():
         raise ValueError(f"--corpus {corpus}: no such file or folder")
-    files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file()) if path.is_dir() else [path]
+    files = files_under(path) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"--corpus {corpus}: the folder holds no {', '.join(SUFFIXES)} file")
     texts = []
@@ -53,42 +58,100 @@ def documents(corpus=None):
         try:
             texts.append(file.read_text("utf-8"))
         except (UnicodeDecodeError, OSError) as error:
-            raise ValueError(f"--corpus {file}: not readable as UTF-8 text ({type(error).__name__})") from None
+            kind = type(error).__name__
+            raise ValueError(f"--corpus {file}: not readable as UTF-8 text ({kind})") from None
         if "\0" in texts[-1]:
             raise ValueError(f"--corpus {file}: binary, not text")
     if not any(text.strip() for text in texts):
         raise ValueError(f"--corpus {corpus}: empty")
-    if len(texts) < 100:                                                   # a book or two: split inside the files
-        texts = [piece for text in texts for piece in re.findall(r"(?s).{1,4000}(?:\n\s*\n|$)|.{4000}", text)]
     return texts
 
 
-def split(texts):
-    """Deal documents to the parts of SHARES, {part: [text]}, by a hash of the text: the same document always goes to
-    the same part, in whatever order it comes, and two copies of one document never go to different parts."""
-    edges, parts = np.cumsum(list(SHARES.values())), {name: [] for name in SHARES}
+def files_under(folder):
+    """The SUFFIXES files of a folder and all below it, sorted; linked folders too, each once."""
+    found, entered = [], set()
+    for where, below, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(where) in entered:
+            below.clear()                                                  # a link in a circle
+            continue
+        entered.add(os.path.realpath(where))
+        paths = [pathlib.Path(where, name) for name in names]
+        found += [f for f in paths if f.suffix.lower() in SUFFIXES and f.is_file()]
+    return sorted(found)
+
+
+def cut(text, most):
+    """A text in pieces of at most `most` characters: cut at a blank line, a line end, or anywhere."""
+    pieces, start = [], 0
+    while len(text) - start > most:
+        middle, end = start + most // 2, start + most
+        blank, line = text.rfind("\n\n", middle, end), text.rfind("\n", middle, end)
+        stop = blank + 2 if blank >= 0 else line + 1 if line >= 0 else end
+        pieces.append(text[start:stop])
+        start = stop
+    return pieces + [text[start:]]
+
+
+def deal(texts, saved=None):
+    """Cut documents to pieces and deal them to the parts of SHARES by their size in characters:
+    ({part: [piece]}, record). The record, all that it takes to deal the same way again, is
+
+      piece        most characters of a piece: about 500 pieces, between 1,024 and 65,536
+      split        {digest: part} of each piece; copies of one piece go to one part
+      fingerprint  of the whole text
+
+    `saved`: the record of a run. Its pieces go where they went then; only what is new is dealt."""
+    size = sum(map(len, texts))
+    most = saved["piece"] if saved else 2 ** min(16, max(10, round(np.log2(size / 512))))
+    pieces = {}                                                            # digest -> copies of it
     for text in texts:
-        draw = int(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:12], 16) / 16 ** 12
-        parts[list(SHARES)[int(np.searchsorted(edges[:-1], draw, side="right"))]].append(text)
-    return parts
+        for piece in cut(text, most):
+            digest = hashlib.sha256(piece.encode("utf-8", "replace")).hexdigest()[:16]
+            pieces.setdefault(digest, []).append(piece)
+    known = saved["split"] if saved else {}
+    parts, filled = {name: [] for name in SHARES}, dict.fromkeys(SHARES, 0)
+    split = {}
+    for digest in sorted(pieces, key=lambda digest: (digest not in known, digest)):
+        own = pieces[digest]
+        emptiest = min(SHARES, key=lambda name: filled[name] / SHARES[name])
+        split[digest] = known.get(digest, emptiest)
+        parts[split[digest]] += own
+        filled[split[digest]] += sum(map(len, own))
+    fingerprint = hashlib.sha256(" ".join(sorted(pieces)).encode()).hexdigest()[:16]
+    return parts, {"fingerprint": fingerprint, "piece": most, "split": split}
 
 
-# --- 2. Tokeniser ----------------------------------------------------------------------------------------------------
+# --- 2. Tokeniser ----------------------------------------------------------------------------------
+
+def sample(texts, most=2_000_000, window=2000):
+    """`most` characters from all over the texts, in windows; all of them if there are fewer."""
+    whole = "\n".join(texts)
+    if len(whole) <= most:
+        return whole
+    starts = np.random.default_rng(0).integers(len(whole) - window, size=most // window)
+    return "\n".join(whole[start:start + window] for start in np.sort(starts))
+
 
 def learn_bpe(text, vocab_size):
-    """Byte-pair ranks, {bytes: rank}: the 256 bytes, the ten " digit" pairs (so that a number is one token a digit),
-    then the most frequent pair of neighbours again and again. Pair counts are kept up to date instead of recounted."""
+    """Byte-pair ranks, {bytes: rank}: the 256 bytes, the ten " digit" pairs (so that a number is one
+    token a digit), then the most frequent pair of neighbours again and again, as long as there is one.
+    Counts are kept up to date, and the largest comes from a heap: a merge costs what it changes."""
     words = collections.Counter(re.findall(PATTERN, text))
-    pieces, counts = [[bytes([byte]) for byte in word.encode()] for word in words], list(words.values())
-    pairs, where = collections.Counter(), collections.defaultdict(set)     # pair -> count, pair -> words that hold it
+    pieces = [[bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in words]
+    counts = list(words.values())
+    pairs, where = collections.Counter(), collections.defaultdict(set)     # its count, its words
     for i, piece in enumerate(pieces):
         for pair in zip(piece, piece[1:]):
             pairs[pair] += counts[i]
             where[pair].add(i)
-    ranks = {bytes([byte]): byte for byte in range(256)} | {b" %d" % digit: 256 + digit for digit in range(10)}
-    while len(ranks) < vocab_size and any(pairs.values()):
-        best = max(pairs, key=pairs.get)
-        merged = best[0] + best[1]
+    heap = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(heap)
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b" %d" % i: 256 + i for i in range(10)}
+    while len(ranks) < vocab_size and heap:
+        count, best = heapq.heappop(heap)
+        if count == 0 or pairs[best] != -count:                            # it has changed since
+            continue
+        merged, changed = best[0] + best[1], set()
         ranks.setdefault(merged, len(ranks))
         for i in where.pop(best):
             old, new = pieces[i], []
@@ -99,61 +162,70 @@ def learn_bpe(text, vocab_size):
                     new.append(token)
             for pair in zip(old, old[1:]):
                 pairs[pair] -= counts[i]
+                changed.add(pair)
             for pair in zip(new, new[1:]):
                 pairs[pair] += counts[i]
+                changed.add(pair)
                 where[pair].add(i)
             pieces[i] = new
-        del pairs[best]
+        for pair in changed:
+            heapq.heappush(heap, (-pairs[pair], pair))
     return ranks
 
 
 def tokenizer(name, vocab_size, path, texts):
-    """A tiktoken.Encoding. `name` "learned": the ranks in the file `path` (see ranks_file) or, without it, those of
-    `vocab_size` tokens learned from `texts`; any other name is tiktoken's. Raises ValueError when tiktoken does not know
-    the name or cannot fetch its ranks."""
+    """A tiktoken.Encoding. `name` "learned": the ranks in the file `path` (see ranks_file) or, without
+    it, those of `vocab_size` tokens learned from `texts`; any other name is tiktoken's. Raises
+    ValueError when tiktoken does not know the name or cannot fetch its ranks."""
     if name != "learned":
         try:
             return tiktoken.get_encoding(name)
-        except Exception as error:                                         # unknown name, no network, bad download
-            raise ValueError(f"--tokenizer {name}: tiktoken cannot load it ({type(error).__name__}); it needs the "
-                             f"network once, or use --tokenizer learned") from None
-    path = pathlib.Path(path)
+        except Exception as error:                                         # unknown, or no network
+            raise ValueError(f"--tokenizer {name}: tiktoken cannot load it ({type(error).__name__}); "
+                             "it needs the network once, or use --tokenizer learned") from None
+    path, ranks = pathlib.Path(path), {}
     if path.exists():
         try:
-            ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, path.read_text().splitlines())}
+            for line in path.read_text("utf-8").splitlines():
+                token, rank = line.split()
+                ranks[base64.b64decode(token)] = int(rank)
         except ValueError:
-            raise ValueError(f"{path}: damaged, or not a file of this program; take that of the run it belongs to") from None
+            raise ValueError(f"{path}: damaged, or not a file of this program; take that of the run "
+                             "it belongs to") from None
     else:
-        ranks = learn_bpe("\n".join(text[:2000] for text in texts)[:2_000_000], vocab_size)
+        ranks = learn_bpe(sample(texts), vocab_size)
     return tiktoken.Encoding("learned", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
 def ranks_file(encoding):
     """The ranks as tiktoken writes them: a token in base64 and its rank, one a line."""
     rank = encoding.encode_single_token
-    return "".join(f"{base64.b64encode(t).decode()} {rank(t)}\n" for t in encoding.token_byte_values())
+    tokens = encoding.token_byte_values()
+    return "".join(f"{base64.b64encode(token).decode()} {rank(token)}\n" for token in tokens)
 
 
-# --- 3. Parts --------------------------------------------------------------------------------------------------------
+# --- 3. Parts --------------------------------------------------------------------------------------
 
 @dataclass
 class Part:
-    """What one part owns: no document and no key of it is in another part."""
-    tokens: np.ndarray           # (many,) its documents, one after the other
+    """What one part owns: no piece of text and no key of it is in another part."""
+    tokens: np.ndarray           # (many,) its text, one piece after the other
     words: np.ndarray            # (some,) its words, each one token: the keys of the tasks
     values: np.ndarray           # (some,) words for the answers, one token each, the same in all parts
     ends_line: np.ndarray        # (V,) bool: this token ends a line
     blank: np.ndarray            # (V,) bool: this token is white space
-    looks_back: np.ndarray       # (V,) bool: in training the heads may be asked to recall at this token
+    looks_back: np.ndarray       # (V,) bool: in training the heads may be asked to recall here
     encode: callable             # str -> [token]
     decode: callable             # [token] -> str
 
     def text(self, rng, n):
-        """n consecutive tokens from anywhere, not all of them white space, (n,)."""
-        while True:
-            start = rng.integers(len(self.tokens) - n + 1)
-            if n == 0 or not self.blank[self.tokens[start:start + n]].all():
-                return self.tokens[start:start + n]
+        """n consecutive tokens from anywhere, not all of them white space, (n,). One random number,
+        whatever the text: so the words of a prompt do not depend on the text around them."""
+        last = len(self.tokens) - n + 1
+        start = int(rng.random() * last)
+        while n and self.blank[self.tokens[start:start + n]].all():
+            start = (start + n) % last
+        return self.tokens[start:start + n]
 
     def pick(self, rng, count):
         """`count` different words of this part, as tokens."""
@@ -164,37 +236,64 @@ class Part:
         return rng.choice(self.values, count, replace=False).tolist()
 
 
-def make_parts(texts, encoding, longest, learned_from=None):
-    """{part: Part} from split(texts). learned_from: the texts that a GPT was trained on, where these are others: the words are
-    dealt by those, so that its answers are words that it has learned to answer with.
+def deal_words(frequency, spelled):
+    """{name: [token]}: what serves as keys in each part, and as answers in all ("values").
 
-    Words are the tokens that read " word", without the 64 most frequent, dealt to the parts, and some to all as answers. The keys
-    to train on are all other tokens but numbers and white space: a GPT that sees few different keys learns those, and not how to look
-    one up. Raises ValueError when a part is too short for prompts of `longest` tokens, or when there are too few words.
-    """
-    stream_of = lambda part: np.array([token for row in encoding.encode_ordinary_batch([text + "\n" for text in part])
-                                       for token in row], dtype=np.int32)
-    streams = {name: stream_of(part) for name, part in texts.items()}
-    for name, stream in streams.items():
-        if len(stream) < 2 * longest:
-            raise ValueError(f"the corpus is too short: its part to {name} has {len(stream)} tokens, and prompts of "
-                             f"{longest} tokens need {2 * longest}; give more text, or shorter prompts")
-    learned = streams["train"] if learned_from is None else stream_of(learned_from)
-    frequency, met = np.bincount(learned, minlength=encoding.n_vocab), set(np.concatenate([learned, *streams.values()]).tolist())
-    spelled = [encoding.decode_single_token_bytes(t) if t in met else b"" for t in range(encoding.n_vocab)]
-    words = [t for t in np.argsort(-frequency, kind="stable") if frequency[t] and re.fullmatch(rb" [A-Za-z]{3,}", spelled[t])]
-    words = np.random.default_rng(0).permutation(words[64:2064])           # shuffled, then dealt to the parts
-    words = np.split(words, (np.cumsum(list(WORDS.values())) * len(words)).astype(int))
-    if min(map(len, words)) < 16:
-        raise ValueError(f"only {sum(map(len, words))} tokens of the vocabulary, beyond the 64 most frequent, are words of the "
-                         "letters a to z; use a larger --vocab_size, or text with more such words")
-    words, dealt = dict(zip(WORDS, words)), set(np.concatenate(words[:len(WORDS)]))
-    words["train"] = np.array([t for t in np.flatnonzero(frequency) if t not in dealt and spelled[t].strip(b" \n0123456789")])
+    frequency (V,): how often each token is in the training part; spelled [V]: its bytes. Words are the
+    tokens that read " word", three letters or more of any alphabet; where they are few, as in scripts
+    without spaces, also tokens of letters alone. The 64 most frequent are left out, 2,000 dealt. The
+    keys to train on are all other tokens but numbers and white space: a GPT that sees few different
+    keys learns those, and not how to look one up. Raises ValueError when there are too few."""
+    words, letters = [], []
+    for token in np.argsort(-frequency, kind="stable"):
+        text = spelled[token].decode("utf-8", "replace")
+        if frequency[token] and text.strip(" ").isalpha():
+            if text[0] == " " and len(text) > 3:
+                words.append(token)
+            if len(text) > 2 or not text.isascii():
+                letters.append(token)
+    needed = 64 + int(16 / min(WORDS.values()))                            # 16 for the smallest share
+    words = words if len(words) >= needed else letters
+    words = np.random.default_rng(0).permutation(words[64:2064])
+    dealt = np.split(words, (np.cumsum(list(WORDS.values())) * len(words)).astype(int))
+    if min(map(len, dealt)) < 16:
+        raise ValueError(f"only {len(words)} tokens of the vocabulary, beyond the 64 most frequent, "
+                         "are words; use a larger --vocab_size, or more text")
+    dealt = {name: own.tolist() for name, own in zip(WORDS, dealt)}
+    taken = set(sum(dealt.values(), []))
+    dealt["train"] = [token for token in np.flatnonzero(frequency).tolist()
+                      if token not in taken and spelled[token].strip(b" \n0123456789")]
+    return dealt
+
+
+def make_parts(texts, encoding, longest, words=None):
+    """({part: Part}, words) from the parts of `deal`. words: those of a GPT that was trained before,
+    whose answers are words that it has learned to answer with; if not given, they are dealt now.
+    Raises ValueError when a part is too short for prompts of `longest` tokens."""
+    bytes_of = {name: sum(len(text.encode("utf-8", "replace")) + 1 for text in own)
+                for name, own in texts.items()}
+    streams = {}
+    for name, own in texts.items():
+        if bytes_of[name] >= 2 * longest:                                  # a token has a byte or more
+            rows = encoding.encode_ordinary_batch([text + "\n" for text in own])
+            streams[name] = np.concatenate([np.array(row, dtype=np.int32) for row in rows])
+        size = len(streams.get(name, ()))
+        if size < 2 * longest:
+            raise ValueError(f"the corpus is too short: its part to {name} has {size or bytes_of[name]} "
+                             f"{'tokens' if size else 'bytes'}, and prompts of {longest} tokens need "
+                             f"{2 * longest} tokens; give more text, or shorter prompts")
+    spelled = [b""] * encoding.n_vocab
+    for token in encoding.token_byte_values():
+        spelled[encoding.encode_single_token(token)] = token
+    if words is None:
+        words = deal_words(np.bincount(streams["train"], minlength=encoding.n_vocab), spelled)
+    three = re.compile(r"[^\W\d_]{3}")
     ends_line = np.array([b.endswith(b"\n") for b in spelled])
     blank = np.array([not b.strip() for b in spelled])
-    looks_back = np.array([not re.search(rb"[A-Za-z]{3}", b) for b in spelled])
-    return {name: Part(stream, words[name], words["values"], ends_line, blank, looks_back, encoding.encode_ordinary,
-                       encoding.decode) for name, stream in streams.items()}
+    looks_back = np.array([not three.search(b.decode("utf-8", "ignore")) for b in spelled])
+    return {name: Part(stream, np.array(words[name]), np.array(words["values"]), ends_line, blank,
+                       looks_back, encoding.encode_ordinary, encoding.decode)
+            for name, stream in streams.items()}, words
 
 
 # --- 4. Tasks. Each is f(part, rng, n, room) -> context of n tokens, [(question, answer), ...] whose tokens fit in `room` ---

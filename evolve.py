@@ -31,6 +31,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:                                                        # Windows: nothing locks a run's folder there
+    fcntl = None
+
 import data
 import model
 import namm
@@ -118,6 +123,24 @@ def numbers(text):
     return tuple(sorted({int(number) for number in text.split(",")}))
 
 
+def text(value):
+    """A path or a name on the command line, which a shell variable that is not set leaves empty."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("needs a folder, a file or a name, and got an empty text")
+    return value
+
+
+def joined(words):
+    """The command line with "--threshold -1e-3" as one word: argparse would take -1e-3 for an option."""
+    done = []
+    for word in words:
+        if done and re.fullmatch(r"--\w+", done[-1]) and re.match(r"-[.\d]", word):
+            done[-1] += "=" + word
+        else:
+            done.append(word)
+    return done
+
+
 def settings_of(folder):
     """{name: value}, the settings of the run in a folder. Raises ValueError, with a line for the user, if there is none, or one
     that this version cannot read."""
@@ -125,7 +148,8 @@ def settings_of(folder):
     if not path.exists():
         raise ValueError(f"{folder}: the folder holds no run (no config.json)")
     try:
-        own = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(path.read_text()).items()}
+        own = {name: tuple(value) if isinstance(value, list) else value
+               for name, value in json.loads(path.read_text("utf-8")).items()}
     except (ValueError, AttributeError):
         raise ValueError(f"{path}: damaged, or not a file of this program; delete the folder, or give another")
     if foreign := set(own) - {f.name for f in dataclasses.fields(Config)}:
@@ -144,13 +168,15 @@ def parse(argv=None):
     for f in dataclasses.fields(Config):
         shown = ",".join(map(str, f.default)) if f.type is tuple else f.default
         choices = f.metadata["choices"]
-        parser.add_argument("--" + f.name, type=numbers if f.type is tuple else f.type, metavar="|".join(choices or ["VALUE"]),
+        parser.add_argument("--" + f.name, type={tuple: numbers, str: text}.get(f.type, f.type), metavar="|".join(choices or ["VALUE"]),
                             help=f.metadata["help"] + f" [{shown}]" * (shown != ""))
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
-    parser.add_argument("--show", metavar="RUN", help="print a prompt, the answers, and what a finished run keeps of it")
+    parser.add_argument("--resume", type=text, metavar="RUN", help="go on with the run in this folder, with its settings")
+    parser.add_argument("--show", type=text, metavar="RUN", help="print a prompt, the answers, and what a finished run keeps of it")
     parser.add_argument("--task", choices=data.TASKS, default="needle", help="of the prompt to show")
     parser.add_argument("--bench", action="store_true", help="print how fast it is here, with the GPT of --base, if given")
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(joined(sys.argv[1:] if argv is None else argv)))
+    for name in {"corpus", "base", "eval", "resume", "show"} & set(given):          # the same from any working folder
+        given[name] = str(pathlib.Path(given[name]).resolve())
     task, bench, show, resume = (given.pop(name, None) for name in ("task", "bench", "show", "resume"))
     action = task if show else "bench" if bench else "run"
     if folder := show or resume or given.get("eval"):
@@ -492,12 +518,13 @@ def evolve(gpt, parts, config, log, state, keep):
         log(f"{g:5d}/{config.generations:<4d} {len(tasks):5d} | {of_all} | {of_mean} | {es.sigma:5.3f} "
             f"{(es.D.max() / es.D.min()).item():11.2f} | {time.time() - began:7.1f} {left:4.0f}s")
         state["history"].append(point)
-        keep(state | {"next": g + 1, "es": es.state_dict(), "seconds": time.time() - start})
+        if es.diagonal or g % config.validate == 0 or g == config.generations:     # a full covariance is 139 MB
+            keep(state | {"next": g + 1, "es": es.state_dict(), "seconds": time.time() - start})
     passed = (point["generation"] for point in state["history"] if point.get("mean", -math.inf) > full.item())
     cost = {"generations": config.generations, "fitness of the full cache": full.item(),
             "passed the full cache at generation": next(passed, None), "seconds": time.time() - start,
             "candidate prompts read": config.popsize * config.prompts * sum(len(tasks_at(g + 1)) for g in range(config.generations))}
-    log(f"evolution: {json.dumps(cost)}")
+    log(f"evolution: {as_json(cost)}")
     solution = statistics | {"params": state["chosen"]}
     zero = set_zero(gpt, solution, parts["choose"], config, log, validate) if config.capacity else 0.0
     return solution | {"zero": zero, "cost": cost | {"history": state["history"]}}
@@ -708,6 +735,18 @@ def save(path, content):
         temporary.unlink(missing_ok=True)                                  # still there: the disk is full, say
 
 
+def as_json(x):
+    """x as JSON. A number that is none becomes null: NaN and infinity are not JSON."""
+    def finite(x):
+        """x, with None for what is no number."""
+        if isinstance(x, dict):
+            return {name: finite(value) for name, value in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [finite(value) for value in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    return json.dumps(finite(x), allow_nan=False)
+
+
 def load(path, names, device="cpu"):
     """What `save` wrote to `path`, a dict with these names; None if there is no such file. A file from a stranger runs no code.
     Raises ValueError, with a line for the user, for one that is damaged, foreign or older."""
@@ -905,7 +944,7 @@ def summary(paths):
     means over runs. All other runs are grouped by what they changed, one line a group."""
     groups = {}
     try:
-        runs = [json.loads(pathlib.Path(path).read_text()) for path in paths]
+        runs = [json.loads(pathlib.Path(path).read_text("utf-8")) for path in paths]
         settings = [vars(Config()) | run["config"] for run in runs]        # an older version's run lacks what had no choice then
         first = settings[0]
         for number, (run, own) in enumerate(zip(runs, settings)):
@@ -1179,6 +1218,7 @@ def prepare(config, action):
     if (config.base or config.eval) and not path.exists():
         raise ValueError(f"--{'base' if config.base else 'eval'} {path.parent}: the folder has no gpt.pt")
     own = sources[0] if config.eval and action == "run" or action == "bench" else out        # where the vector is
+    dealt = next((f / "text.json" for f in (out, *sources) if (f / "text.json").exists()), None)    # what words mean there
     found = {"gpt": load(path, {"config", "model"}, config.device),
              "training": load(out / "training.pt", {"step", "model", "muon", "adamw"}, config.device),
              "evolution": load(out / "evolution.pt", {"next", "es", "average", "history"}),
@@ -1198,15 +1238,26 @@ def prepare(config, action):
     if not found["gpt"] and world()[1] > config.batch_tokens // config.length:
         raise ValueError(f"{world()[1]} processes, but a training step has {config.batch_tokens // config.length} rows to share; "
                          "start fewer, or give more --batch_tokens")
+    if found["gpt"] and not dealt:
+        raise ValueError(f"{path.parent}: a run of another version, without its words (no text.json)")
+    try:
+        record = json.loads(dealt.read_text("utf-8")) if dealt else None
+    except ValueError:
+        raise ValueError(f"{dealt}: damaged, or not a file of this program; take that of the run it belongs to") from None
     if action == "run" and world()[0] == 0:
         print("reading the text", flush=True)                              # which takes a few seconds
-    texts = data.split(data.documents(config.corpus or None))
+    texts, now = data.deal(data.documents(config.corpus or None), record)
+    if record and dealt.parent == out and action == "run" and now["fingerprint"] != record["fingerprint"]:
+        raise ValueError(f"{out}: this run was begun on another text than is here now: another Python, or changed files; go on with "
+                         "those, or report on this text with --eval")
     encoding = data.tokenizer(config.tokenizer, config.vocab_size, sources[0] / "tokenizer.tiktoken", texts["train"])
     if found["gpt"] and found["gpt"]["config"]["vocab_size"] != encoding.n_vocab:
         raise ValueError(f"--tokenizer {config.tokenizer}: not that of the GPT of {path.parent}; leave the option out")
-    learned = settings_of(path.parent)["corpus"] if config.eval or config.base else config.corpus
-    parts = data.make_parts(texts, encoding, config.length * max(*config.evolve_at, *config.report_at),
-                            None if learned == config.corpus else data.split(data.documents(learned or None))["train"])
+    parts, words = data.make_parts(texts, encoding, config.length * max(*config.evolve_at, *config.report_at),
+                                   record and record["words"])
+    found["text"] = now | {"words": words, "trained on": record["trained on"] if record else now["fingerprint"]}
+    if record:                                                             # what was dealt once stays dealt
+        found["text"]["split"] = record["split"] | now["split"]
     sizes = {name: getattr(config, name) for name in (*SIZES, "rope_scale")} | {"vocab_size": encoding.n_vocab}
     return out, encoding, parts, sizes, found
 
@@ -1222,6 +1273,8 @@ def base_model(out, part, sizes, found, config, log):
     """The GPT that was found, or a new one, trained on the part and saved."""
     if found["gpt"]:
         log("GPT: that of an earlier run")
+        if not (out / "gpt.pt").exists():                                  # a run means what it says when its base is gone
+            save(out / "gpt.pt", found["gpt"])
         return restored(found["gpt"], config.device)
     state = found["training"]
     torch.manual_seed(config.seed)
@@ -1247,23 +1300,46 @@ def base_model(out, part, sizes, found, config, log):
         + (f", from step {state['step']}" if state else ""))
     start = time.time()
     train(gpt, batches, config.steps, config.lr, precision(config.device), state, lambda state: save(out / "training.pt", state))
-    log(f"{len(batches) * config.batch_tokens:,} tokens of training in {time.time() - start:.0f} s")
     save(out / "gpt.pt", {"config": vars(gpt.config), "model": gpt.state_dict()})
+    log(f"{len(batches) * config.batch_tokens:,} tokens of training in {time.time() - start:.0f} s")
     if world()[0] == 0:
         (out / "training.pt").unlink(missing_ok=True)
     return gpt.eval()
 
 
-def run(config, out, parts, sizes, found):
+def notes(config, sizes, text):
+    """What a user should know before the numbers come, a line each."""
+    if config.tokenizer == "learned" and sizes["vocab_size"] < config.vocab_size:
+        yield f"the text teaches a tokeniser {sizes['vocab_size']} tokens, fewer than --vocab_size {config.vocab_size}"
+    if text["fingerprint"] != text["trained on"]:
+        yield (f"another text ({text['fingerprint']}) than the GPT was trained on ({text['trained on']}): the same words, new "
+               "documents; nothing that it was trained on is asked about")
+
+
+def open_log(out):
+    """The run's log.txt, locked as long as this process lives, or None in other processes than the first. Raises ValueError when
+    another run is at work in the folder."""
+    if world()[0] > 0:
+        return None
+    file = open(out / "log.txt", "a", encoding="utf-8")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{out}: another run is at work in this folder; wait for it, or give another --out") from None
+    return file
+
+
+def run(config, out, parts, sizes, found, file):
     """Train, evolve, report; the files of the run go to the folder `out`. What an earlier run left there is not done again."""
     start = time.time()
 
     def log(line):
-        """Print a line and add it to log.txt; the first process does."""
-        if world()[0] == 0:
+        """Add a line to log.txt and print it; the first process does."""
+        if file:
+            file.write(line + "\n")
+            file.flush()
             tqdm.write(line)
-            with open(out / "log.txt", "a") as file:
-                file.write(line + "\n")
 
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
                 "device": torch.cuda.get_device_name() if config.device == "cuda" else f"{platform.machine()} CPU, "
@@ -1271,12 +1347,15 @@ def run(config, out, parts, sizes, found):
     log(f"{json.dumps(dataclasses.asdict(config))}\n{json.dumps(versions)}")
     for name, part in parts.items():
         log(f"{name:8s}{len(part.tokens):10,} tokens of text, {len(part.words):5,} words for keys")
+    for line in notes(config, sizes, found["text"]):
+        log(line)
     gpt = base_model(out, parts["train"], sizes, found, config, log)
     solution = found["namm"] or evolve(gpt, parts, config, log, found["evolution"], lambda state: save(out / "evolution.pt", state))
     if world()[0] > 0:                                                     # the report is written by the first process
         return
     save(out / "namm.pt", solution)
     result, begun = {"config": dataclasses.asdict(config), "versions": versions, "evolution": solution["cost"]}, found["report"]
+    result["text"] = {name: found["text"][name] for name in ("fingerprint", "trained on")}
     moot = {"rows": 0, "out": ""}                                          # change nothing
     if begun and begun["config"] | moot == result["config"] | moot:
         result = begun
@@ -1284,18 +1363,27 @@ def run(config, out, parts, sizes, found):
         if section.__name__ not in result:
             result[section.__name__] = section(gpt, solution, parts["report"], config)
             save(out / "report.pt", result)
-    log(table(result["report"], config.evolve_on.split(",")))
     result["seconds"] = time.time() - start
-    save(out / "results.json", re.sub(r'}, (?={"\w+":)', "},\n ", json.dumps(result)))
+    save(out / "results.json", re.sub(r'}, (?={"\w+":)', "},\n ", as_json(result)))
     if not config.methods:
         save(out / "report.html", page(result, example(gpt, solution, parts["report"], config)))
     (out / "report.pt").unlink()
+    log(table(result["report"], config.evolve_on.split(",")))
     log(f"{out / 'results.json'} holds all of it" + f", {out / 'report.html'} shows it" * (not config.methods)
         + f"; {time.time() - start:.0f} s")
 
 
+def refuse(why):
+    """End with a line for the user and exit code 2; of several processes the first says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"evolve.py: {why}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main():
     """The whole run; what the user can mend ends in one line and exit code 2, before any work is done."""
+    for stream in (sys.stdout, sys.stderr):                                # what a terminal cannot show is no reason to stop
+        stream.reconfigure(errors="replace")
     try:
         if sys.argv[1:2] == ["--summary"]:
             return summary(sys.argv[2:])
@@ -1308,28 +1396,32 @@ def main():
         out, encoding, parts, sizes, found = prepare(config, action)
         if action == "run":
             out.mkdir(parents=True, exist_ok=True)
+            file = open_log(out)
             save(out / "config.json", json.dumps(vars(config), indent=1))
             if config.tokenizer == "learned":
                 save(out / "tokenizer.tiktoken", data.ranks_file(encoding))
+            save(out / "text.json", json.dumps(found["text"]))
     except (ValueError, OSError) as error:
-        print(f"evolve.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
     if action != "run":                                                    # with what is there, else with any weights
         gpt = restored(found["gpt"], config.device) if found["gpt"] else GPT(GPTConfig(**sizes)).to(config.device).eval()
         if action == "bench":
             if world()[0] > 0:                                             # the first process prints
                 sys.stdout = open(os.devnull, "w")
             return bench(config, parts, gpt, found["namm"])
+        for line in notes(config, sizes, found["text"]):
+            print(line)
         return show(example(gpt, found["namm"], parts["report"], config, action))
     try:
-        run(config, out, parts, sizes, found)
+        run(config, out, parts, sizes, found, file)
+    except FloatingPointError as error:
+        refuse(f"{error}, with another --out, or delete {out}")
     except KeyboardInterrupt:
         sys.exit(f"\nstopped; the same command goes on from here, and so does: python evolve.py --resume {out}")
     except torch.OutOfMemoryError:                                         # of a single row, or one prompt for many candidates
         sys.exit(f"evolve.py: out of memory; python evolve.py --resume {out} --rows {max(1, min(16, config.rows) // 2)} goes on")
     except OSError as error:
-        print(f"evolve.py: {error}; once that is mended, python evolve.py --resume {out} goes on", file=sys.stderr)
-        sys.exit(2)
+        refuse(f"{error}; once that is mended, python evolve.py --resume {out} goes on")
 
 
 if __name__ == "__main__":

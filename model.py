@@ -379,7 +379,8 @@ def train(gpt, batches, steps, lr, precision, state=None, keep=None):
 
     `batches` gives for each step to come its prompts, a data.Batch of tokens (N,L) and answer (N,L); words to recall (N,L-1);
     and a seed: the same in all processes, each of which takes its rows. `precision`: a context to compute the loss in. Out of
-    memory, it goes on with half the rows at once: the gradient is the same. keep(state) is called every 100 steps; from that
+    memory, it goes on with half the rows at once: the gradient is the same. Raises FloatingPointError when the loss is no number
+    any more. keep(state) is called every 100 steps; from that
     state, and the batches from its `step` on, the training goes on to the same bits."""
     matrices = [p for name, p in gpt.layers.named_parameters() if p.dim() == 2 and "taps" not in name]
     others = [p for p in gpt.parameters() if not any(p is matrix for matrix in matrices)]
@@ -412,7 +413,9 @@ def train(gpt, batches, steps, lr, precision, state=None, keep=None):
                 gpt.zero_grad()
         for p in gpt.parameters():
             summed(p.grad)
-        nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        if (step % 10 == 0 or step == steps - 1) and not norm.isfinite():  # to look costs a wait for the device
+            raise FloatingPointError(f"training diverged at step {step}; lower --lr")
         for optimizer in optimizers:
             with precision:                                                # for Muon's products of matrices
                 optimizer.step()

@@ -163,8 +163,8 @@ def scale(scorer):
 # --- 5. Scores -> who stays ------------------------------------------------------------------------------------------
 
 def newest(scores, count):
-    """A copy of the scores (B,K,S) in which the `count` newest slots stay whatever they had."""
-    scores = scores.clone()
+    """A copy of the scores (B,K,S) in which the `count` newest slots stay whatever they had; NaN is the worst score."""
+    scores = scores.masked_fill(scores.isnan(), -torch.inf)
     scores[..., max(0, scores.shape[-1] - count):] = torch.inf
     return scores
 

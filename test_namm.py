@@ -456,6 +456,16 @@ def test_zero_parameters_keep_everything_and_the_newest_token_always_stays():
         assert all((layer.positions[..., -1] == 63).all() for layer in cache)
 
 
+@pytest.mark.parametrize("budget", [1, 3])
+def test_a_score_that_is_no_number_is_the_worst(budget):
+    """Catches: NaN, which sorts above infinity, that pushes the newest slot out, or stays itself."""
+    scores = torch.tensor([[[math.nan, 2.0, 3.0, math.nan, 1.0, -5.0]]])
+    stays = namm.keep_best(scores, budget)[0, 0].nonzero()[:, 0].tolist()
+    assert stays == {1: [5], 3: [1, 2, 5]}[budget]
+    assert namm.keep_mask(scores)[0, 0].tolist() == [False, True, True, False, True, True]
+    assert namm.keep_best_of_all([scores, scores - 10], budget + 1)[0][0, 0, -1]
+
+
 def test_statistics_are_those_of_all_spectra():
     """Catches: a sample instead of the biased variance, or spectra of some layers, heads or runs left out."""
     gpt, tokens, seen, totals = tiny_gpt(), some_tokens(2, 48), [], torch.zeros(3, 17, dtype=torch.float64)
@@ -653,9 +663,9 @@ def test_muon_steps_as_torchs_does(shape):
 
 @pytest.fixture(scope="session")
 def parts():
-    texts = data.split(data.documents())
-    encoding = data.tokenizer("learned", 2048, "/nowhere", texts["train"][:700])
-    return texts, encoding, data.make_parts(texts, encoding, 512)
+    texts, _ = data.deal(data.documents())
+    encoding = data.tokenizer("learned", 2048, "/nowhere", texts["train"][:300])
+    return texts, encoding, data.make_parts(texts, encoding, 512)[0]
 
 
 def test_parts_share_no_document_and_no_key(parts):
@@ -667,20 +677,113 @@ def test_parts_share_no_document_and_no_key(parts):
     assert all(not a & b for i, a in enumerate(words) for b in words[:i])
 
 
-def test_another_text_does_not_change_the_words_that_are_answers(parts):
-    """A GPT that learned from one text is asked about another. Catches: answers that it never learned to give, keys of another part."""
-    texts, encoding, own = parts
-    other = {name: ["It was a bright cold day in April.\n" * 300 + name] for name in texts}
-    for name, part in data.make_parts(other, encoding, 64, learned_from=texts["train"]).items():
-        assert np.array_equal(part.values, own[name].values) and np.array_equal(part.words, own[name].words)
-        assert "April" in encoding.decode(part.tokens.tolist()) and not part.blank[part.encode(" April")].any()
+def test_one_document_more_changes_no_question_and_moves_no_text(parts):
+    """A GPT that learned from one text is asked about another, with one document more and one less, as another Python has. Catches:
+    words dealt anew, so that it is asked for what it never learned to answer, with keys that it was trained on; questions that the
+    text around them changes; text that it was trained on in a part to report."""
+    texts, encoding, _ = parts
+    documents = [f"{i} " + piece for i, piece in enumerate(texts["train"][:40])]
+    dealt, record = data.deal(documents)
+    own, words = data.make_parts(dealt, encoding, 256)
+    days = [f"Day {day}. " + "It was a bright cold day in April.\n" * 600 for day in range(30)]
+    others, _ = data.deal(documents[1:] + days, record)
+    other, same = data.make_parts(others, encoding, 256, json.loads(json.dumps(words)))
+    trained_on = set(dealt["train"])
+    assert same == words and not trained_on & set(others["evolve"] + others["choose"] + others["report"])
+    assert len(trained_on & set(others["train"])) > 0.9 * len(trained_on)
+    for task in ("needle", "multikey", "kv", "count", "trace"):
+        a, b = (data.batch(part["report"], [task] * 20, np.random.default_rng(0), 256) for part in (own, other))
+        assert torch.equal(a.tokens[:, a.context:], b.tokens[:, b.context:]) and torch.equal(a.answer, b.answer)
+        assert not torch.equal(a.tokens, b.tokens)                         # around other text
+    assert data.deal(documents)[1] == record != data.deal(documents[1:])[1]
+
+
+def naive_bpe(text, size):
+    """Byte pairs, all counted again for every merge."""
+    words, ranks = re.findall(data.PATTERN, text), [bytes([b]) for b in range(256)] + [b" %d" % i for i in range(10)]
+    words = [[bytes([b]) for b in word.encode()] for word in words]
+    while len(ranks) < size:
+        counts = {}
+        for word in words:
+            for pair in zip(word, word[1:]):
+                counts[pair] = counts.get(pair, 0) + 1
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i:i + 2] = [best[0] + best[1]]
+                i += 1
+        if best[0] + best[1] not in ranks:
+            ranks.append(best[0] + best[1])
+    return {token: rank for rank, token in enumerate(ranks)}
+
+
+@pytest.mark.parametrize("text", ["the cat sat on the mat, then the other cat sat there too: aaaaaaa 77 7 aaaa", "天地玄黄宇宙洪荒" * 9 + "日月盈昃"])
+def test_byte_pairs_are_those_of_the_naive_count(text):
+    """Catches: a count that is not renewed, a stale entry of the heap, overlapping pairs merged twice."""
+    assert data.learn_bpe(text, 300) == naive_bpe(text, 300)
+
+
+def test_a_text_without_spaces_is_learned_fast_and_serves():
+    """200,000 characters of a script without spaces, some of them often, each task asked. Catches: words as long as the text, which
+    took 99 s and were then refused because they are not of the letters a to z."""
+    rng = np.random.default_rng(0)
+    odds = 1 / np.arange(1, 1501)
+    characters = rng.choice(1500, 200_000, p=odds / odds.sum()) + 0x4E00
+    began = time.process_time()
+    texts, _ = data.deal(["".join(map(chr, characters[i:i + 2000])) + "\n" for i in range(0, 200_000, 2000)])
+    encoding = data.tokenizer("learned", 2048, "/nowhere", texts["train"])
+    assert time.process_time() - began < 20 and encoding.n_vocab == 2048
+    made, words = data.make_parts(texts, encoding, 256)
+    assert all(ord(encoding.decode([word])[-1]) >= 0x4E00 for word in words["values"])
+    prompts = data.batch(made["report"], list(data.TASKS) * 3, rng, 256)
+    assert (prompts.answer.max(1).values > 0).all()
+
+
+@pytest.mark.parametrize("count", [99, 100, 150])
+def test_text_is_dealt_by_its_size_whatever_the_files(count):
+    """Files that begin with the same 2,000 characters, and a long book beside them. Catches: a rule by the number of files; a part
+    that gets none of the book; a tokeniser that has seen nothing but headers."""
+    rng = np.random.default_rng(0)
+    vocabulary = ["".join(rng.choice(list("etaoinshrdlucmf"), 5)) for _ in range(3000)]
+    header = "All rights reserved; see the licence for what you may do.\n" * 35
+    notes = [header + " ".join(rng.choice(vocabulary, 300)) for _ in range(count)]
+    book = "\n\n".join(" ".join(rng.choice(vocabulary, 60)) for _ in range(3000))
+    for texts in (notes, notes + [book]):
+        parts, record = data.deal(texts)
+        sizes = {name: sum(map(len, own)) for name, own in parts.items()}
+        for name, share in data.SHARES.items():
+            assert sizes[name] / sum(sizes.values()) == pytest.approx(share, abs=0.02)
+        assert sum(sizes.values()) == sum(map(len, texts)) and max(map(len, sum(parts.values(), []))) <= record["piece"]
+        assert data.tokenizer("learned", 1024, "/nowhere", parts["train"]).n_vocab == 1024
+
+
+def test_copies_of_a_text_stay_together():
+    """Catches: a document that is trained on and, as a copy, reported on."""
+    texts = [f"{i} " + "word " * 300 for i in range(60)]
+    parts, _ = data.deal(texts * 3)
+    assert all(own.count(text) in (0, 3) for text in texts for own in parts.values())
+
+
+def test_a_folder_is_read_whole(tmp_path):
+    """Catches: capital suffixes and linked folders passed over, a link in a circle followed for ever."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "ONE.TXT").write_text("one")
+    (tmp_path / "b" / "two.Md").write_text("two")
+    (tmp_path / "a" / "more").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "round").symlink_to(tmp_path / "a")
+    assert sorted(data.documents(tmp_path / "a")) == ["one", "two"]
 
 
 def test_a_token_that_training_never_saw_is_no_white_space(parts):
     """64 blocks drawn in a row, as README does, in one part only. Catches: answers of no token at all."""
     texts, encoding, _ = parts
     texts = dict(texts, train=[text for text in texts["train"] if text.isascii()], report=["\u2588" * 64 + "\n"] * 40)
-    made = data.make_parts(texts, encoding, 64)["report"]
+    made = data.make_parts(texts, encoding, 64)[0]["report"]
     batch = data.batch(made, ["copy"] * 4, np.random.default_rng(0), 128)
     assert all((batch.answer == which).any(1).all() for which in (1, 2))
 
@@ -808,6 +911,13 @@ def test_recall_is_asked_of_one_head_alone(parts):
 def training_batches(parts, rows, steps):
     """What model.train takes: a batch, words to recall and a seed for each step."""
     return [(*data.training_batch(parts[2]["train"], np.random.default_rng(step), rows, 64, 0.25), step) for step in range(steps)]
+
+
+def test_a_training_that_diverges_stops(parts):
+    """Catches: a run that goes on with weights that are no numbers."""
+    gpt = model.GPT(model.GPTConfig(vocab_size=parts[1].n_vocab, n_layer=2, n_embd=32, head_dim=8, n_hidden=32))
+    with pytest.raises(FloatingPointError, match="diverged at step .* lower --lr"):
+        model.train(gpt, training_batches(parts, 8, 30), 30, 1e30, evolve.precision("cpu"))
 
 
 @pytest.mark.parametrize("smear", [True, False])
@@ -1166,6 +1276,71 @@ def test_a_finished_run_is_shown_and_reported_on_again(smoke):
     assert all(row["cache"] < 0.1 for row in rows if row["method"] == "namm" and row["task"] != "lm")   # each head: one slot, or few
 
 
+def test_a_run_means_the_same_on_another_text(smoke, corpus, tmp_path):
+    """`--eval` of one run on its text and on another: the same questions in the same words, and the difference is said; going on in
+    the middle of a run on another text is refused. Catches: words, split or tokeniser made anew from whatever text is there."""
+    other = tmp_path / "other"
+    shutil.copytree(corpus, other)
+    (other / "more.txt").write_text("One document more, of no importance.\n" * 500)
+    (other / "README.md").unlink()
+    made = {}
+    for name, folder in (("same", corpus), ("other", other)):
+        config, action = evolve.parse(["--eval", str(smoke[0]), "--corpus", str(folder), "--out", str(tmp_path / name)])
+        _, encoding, parts, sizes, found = evolve.prepare(config, action)
+        made[name] = data.batch(parts["report"], ["multikey", "kv", "trace"] * 5, np.random.default_rng(0), 256), found["text"]
+        assert len(list(evolve.notes(config, sizes, found["text"]))) == (name == "other") + (encoding.n_vocab < config.vocab_size)
+    (own, mine), (changed, text) = made.values()
+    assert torch.equal(own.tokens[:, own.context:], changed.tokens[:, own.context:]) and not torch.equal(own.tokens, changed.tokens)
+    assert mine["words"] == text["words"] and mine["fingerprint"] == text["trained on"] != text["fingerprint"]
+    done = run("--eval", smoke[0], "--corpus", other, "--out", tmp_path / "out", "--methods", "namm,full", "--report_at", 1)
+    assert done.returncode == 0 and "another text" in done.stdout, done.stderr
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["text"] == {"fingerprint": text["fingerprint"], "trained on": mine["fingerprint"]}
+    shutil.copytree(smoke[0], tmp_path / "begun")                          # the same run, whose text has changed under it
+    settings = json.loads((tmp_path / "begun" / "config.json").read_text())
+    (tmp_path / "begun" / "config.json").write_text(json.dumps(settings | {"corpus": str(other)}))
+    with pytest.raises(ValueError, match="begun on another text"):
+        evolve.prepare(*evolve.parse(["--resume", str(tmp_path / "begun")]))
+
+
+def test_a_terminal_without_the_signs_does_not_cost_the_results(smoke, tmp_path):
+    """Catches: a traceback at a sign that the terminal lacks, after all the work and before it was saved."""
+    done = subprocess.run([sys.executable, "evolve.py", "--eval", str(smoke[0]), "--methods", "namm,full", "--report_at", "1", "--out",
+                           str(tmp_path / "out")], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and b"+0.000 ?" in done.stdout, done.stderr
+    assert "±" in (tmp_path / "out" / "log.txt").read_text("utf-8") and (tmp_path / "out" / "results.json").exists()
+
+
+def test_two_runs_do_not_share_a_folder(smoke, tmp_path):
+    """Catches: two runs that write one log and one checkpoint."""
+    first = evolve.open_log(tmp_path)
+    with pytest.raises(ValueError, match="another run is at work"):
+        evolve.open_log(tmp_path)
+    first.close()
+    evolve.open_log(tmp_path).close()
+
+
+def test_of_several_processes_one_refuses(monkeypatch, capsys):
+    """Catches: the same line from each process of torchrun."""
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            evolve.refuse("no")
+        assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == lines
+
+
+def test_a_number_that_is_none_is_null():
+    """Catches: NaN in a file that claims to be JSON."""
+    rough = {"a": [1.5, math.nan, (math.inf, {"b": -math.inf})], "c": "nan", "d": True}
+    assert json.loads(evolve.as_json(rough)) == {"a": [1.5, None, [None, {"b": None}]], "c": "nan", "d": True}
+
+
+def test_numbers_with_an_exponent_are_no_options():
+    """Catches: `--threshold -1e-3` taken for an option of that name."""
+    for words in (["--threshold", "-1e-3"], ["--threshold=-1e-3"], ["--threshold", "-.001"]):
+        assert evolve.parse(["--device", "cpu", *words])[0].threshold == -0.001
+
+
 def test_the_page_works_in_a_browser(smoke):
     """report.html in a headless browser. Catches: a script that fails, text that ends it, a page that needs the network."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
@@ -1287,13 +1462,20 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, corpus):
     assert refused.returncode == 2 and "damaged" in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 
+def test_a_diverged_training_ends_in_a_line(tmp_path, corpus):
+    """Catches: evolution on weights that are no numbers, NaN in results.json, a traceback in a picture."""
+    done = run("--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--lr", "1e30", "--out", tmp_path / "run")
+    assert done.returncode == 2 and not (tmp_path / "run" / "gpt.pt").exists()
+    assert [line for line in done.stderr.splitlines() if "diverged" in line and "lower --lr" in line] == done.stderr.splitlines()[-1:]
+
+
 def test_a_full_disk_ends_in_a_line_and_leaves_nothing_half_written(tmp_path, corpus):
     """Files may not grow above 100,000 bytes, so that the GPT cannot be saved. Catches: a traceback, a torn file, exit code 0."""
     process, said = start("--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--out", tmp_path / "run")
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
     done = finish(process, said)
     assert done.returncode == 2 and "File too large" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr
-    assert {file.name for file in (tmp_path / "run").iterdir()} == {"config.json", "tokenizer.tiktoken", "log.txt"}
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {"config.json", "tokenizer.tiktoken", "text.json", "log.txt"}
 
 
 def test_two_processes_are_the_run_of_one(tmp_path, smoke):
@@ -1409,7 +1591,9 @@ def test_the_tables_of_readme_are_what_the_results_say(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--lr", "nan"], "lr"), (["--seed", "-1"], "seed"), (["--eval", "{smoke}", "--scorer", "linear"], "scorer"),
+    *[([option, ""], "needs a folder") for option in ("--show", "--resume", "--eval", "--out", "--base", "--corpus", "--tokenizer", "--methods")],
+    (["--lr", "nan"], "lr"), (["--base", "{dir}/wordless"], "text.json"), (["--corpus", "{dir}/digits.txt"], "are words"),
+(["--seed", "-1"], "seed"), (["--eval", "{smoke}", "--scorer", "linear"], "scorer"),
     (["--rope_theta", "0"], "rope_theta"), (["--rope_scale", "-1"], "rope_scale"), (["--sigma", "inf"], "sigma"), (["--threshold", "nan"], "threshold"), (["--rows", "0"], "rows"),
     (["--eval", "{dir}/missing"], "holds no run"), (["--show", "{dir}/missing"], "holds no run"), (["--show", "{dir}/begun"], "not finished"),
     (["--resume", "{dir}/older"], "another version"),
@@ -1435,6 +1619,9 @@ def test_bad_input_ends_in_a_line_and_leaves_nothing(tmp_path, monkeypatch, caps
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "short.txt").write_text("A text that is far too short.\n" * 20)
+    (tmp_path / "digits.txt").write_text("1234567 89 0 12 3.5 66\n" * 20_000)
+    shutil.copytree(smoke[0], tmp_path / "wordless")
+    (tmp_path / "wordless" / "text.json").unlink()
     (tmp_path / "nothing").mkdir()
     shutil.copytree(smoke[0], tmp_path / "garbled")
     (tmp_path / "garbled" / "tokenizer.tiktoken").write_text("IQ==")
