@@ -93,30 +93,29 @@ def cut(text, most):
 
 
 def deal(texts, saved=None):
-    """Cut documents to pieces and deal them to the parts of SHARES by their size in characters:
-    ({part: [piece]}, record). The record, all that it takes to deal the same way again, is
+    """Cut documents to pieces and deal them to the parts of SHARES by their size in characters, each
+    piece once, however many copies of it there are: ({part: [piece]}, record). The record, all that
+    it takes to deal the same way again, is
 
       piece        most characters of a piece: about 500 pieces, between 1,024 and 65,536
-      split        {digest: part} of each piece; copies of one piece go to one part
+      split        {digest: part} of each piece
       fingerprint  of the whole text
 
     `saved`: the record of a run. Its pieces go where they went then; only what is new is dealt."""
     size = sum(map(len, texts))
     most = saved["piece"] if saved else 2 ** min(16, max(10, round(np.log2(size / 512))))
-    pieces = {}                                                            # digest -> copies of it
+    pieces = {}
     for text in texts:
         for piece in cut(text, most):
-            digest = hashlib.sha256(piece.encode("utf-8", "replace")).hexdigest()[:16]
-            pieces.setdefault(digest, []).append(piece)
+            pieces[hashlib.sha256(piece.encode("utf-8", "replace")).hexdigest()[:16]] = piece
     known = saved["split"] if saved else {}
     parts, filled = {name: [] for name in SHARES}, dict.fromkeys(SHARES, 0)
     split = {}
     for digest in sorted(pieces, key=lambda digest: (digest not in known, digest)):
-        own = pieces[digest]
         emptiest = min(SHARES, key=lambda name: filled[name] / SHARES[name])
         split[digest] = known.get(digest, emptiest)
-        parts[split[digest]] += own
-        filled[split[digest]] += sum(map(len, own))
+        parts[split[digest]].append(pieces[digest])
+        filled[split[digest]] += len(pieces[digest])
     fingerprint = hashlib.sha256(" ".join(sorted(pieces)).encode()).hexdigest()[:16]
     return parts, {"fingerprint": fingerprint, "piece": most, "split": split}
 

@@ -757,15 +757,16 @@ def test_text_is_dealt_by_its_size_whatever_the_files(count):
         sizes = {name: sum(map(len, own)) for name, own in parts.items()}
         for name, share in data.SHARES.items():
             assert sizes[name] / sum(sizes.values()) == pytest.approx(share, abs=0.02)
-        assert sum(sizes.values()) == sum(map(len, texts)) and max(map(len, sum(parts.values(), []))) <= record["piece"]
+        said = "".join(sum(parts.values(), []))
+        assert all(text[-500:-300] in said for text in texts) and max(map(len, sum(parts.values(), []))) <= record["piece"]
         assert data.tokenizer("learned", 1024, "/nowhere", parts["train"]).n_vocab == 1024
 
 
-def test_copies_of_a_text_stay_together():
+def test_of_copies_of_a_text_one_is_dealt():
     """Catches: a document that is trained on and, as a copy, reported on."""
     texts = [f"{i} " + "word " * 300 for i in range(60)]
     parts, _ = data.deal(texts * 3)
-    assert all(own.count(text) in (0, 3) for text in texts for own in parts.values())
+    assert sorted(sum(parts.values(), [])) == sorted(texts)
 
 
 def test_a_folder_is_read_whole(tmp_path):
@@ -1619,7 +1620,7 @@ def test_bad_input_ends_in_a_line_and_leaves_nothing(tmp_path, monkeypatch, caps
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "short.txt").write_text("A text that is far too short.\n" * 20)
-    (tmp_path / "digits.txt").write_text("1234567 89 0 12 3.5 66\n" * 20_000)
+    (tmp_path / "digits.txt").write_text("\n".join(map(str, range(100_000))))
     shutil.copytree(smoke[0], tmp_path / "wordless")
     (tmp_path / "wordless" / "text.json").unlink()
     (tmp_path / "nothing").mkdir()
