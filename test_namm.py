@@ -764,7 +764,7 @@ def test_text_is_dealt_by_its_size_whatever_the_files(count):
 
 def test_of_copies_of_a_text_one_is_dealt():
     """Catches: a document that is trained on and, as a copy, reported on."""
-    texts = [f"{i} " + "word " * 300 for i in range(60)]
+    texts = [f"{i} " + "word " * 150 for i in range(60)]
     parts, _ = data.deal(texts * 3)
     assert sorted(sum(parts.values(), [])) == sorted(texts)
 
