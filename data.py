@@ -1,15 +1,13 @@
 """Real text, a tokeniser learned from it, and eight long-context tasks over it.
 
-Read in this order:
-  1. documents, deal         text that every Python carries, cut and dealt to four disjoint parts
-  2. learn_bpe, tokenizer    byte-pair ranks from the training part, served by tiktoken
-  3. Part, make_parts        what one part owns: its token stream and its words
-  4. TASKS                   one short function each: a context to read, questions to answer afterwards
-  5. batch, training_batch   prompts as tensors, and what to predict while the GPT is trained
+  1. documents, deal      text that every Python carries, cut and dealt to four disjoint parts
+  2. learn_bpe, tokenizer byte-pair ranks from the training part, served by tiktoken
+  3. Part, make_parts     what one part owns: its tokens and its words
+  4. TASKS                a context to read, questions to answer afterwards, a short function each
+  5. prompts, lesson      prompts as tensors, and what the GPT is trained on
 
-A prompt of length L is a context of L - room(L) tokens, then questions of at most room(L) tokens.
-The cache is compressed while the context is read, before any question is known.
-Letters: N prompts, L tokens, V vocabulary.
+A prompt of length L is a context of L - question_tokens(L) tokens, then the questions. The cache is
+managed while the context is read, before any question is known. Letters: N prompts, V vocabulary.
 """
 
 import base64
@@ -28,22 +26,22 @@ import tiktoken
 import torch
 
 # How text is cut before byte pairs are merged: words, single digits, runs of marks, line ends, other
-# white space. Sixteen characters at most: a script without spaces has words as long as a sentence.
+# white space; at most 16 characters: a script without spaces has words as long as a sentence.
 PATTERN = r" ?[^\W\d_]{1,16}| ?\d| ?[^\s\w]{1,16}|_{1,16}|\s{0,15}\n|\s{1,16}"
 SUFFIXES = (".txt", ".md", ".rst", ".py")
-SHARES = {"train": 0.64, "evolve": 0.14, "choose": 0.08, "report": 0.14}   # of the text
-WORDS = {"values": 0.25, "evolve": 0.25, "choose": 0.10, "report": 0.25}   # to train: all others
+SHARES = {"train": 0.64, "evolve": 0.14, "choose": 0.08, "report": 0.14}  # of the text
+WORDS = {"values": 0.25, "evolve": 0.25, "choose": 0.10, "report": 0.25}  # to train: all others
 
 
-# --- 1. Documents ----------------------------------------------------------------------------------
+# --- 1. Documents --------------------------------------------------------------------------------
 
 def documents(corpus=None):
-    """The texts to learn from, [str]: without `corpus` the language reference (one document a topic)
-    and the sources of the standard library; with it a file, or all SUFFIXES files under a folder.
-    Raises ValueError, with a line for the user, when there is nothing to read."""
+    """The texts to learn from, [str]: the language reference (one document a topic) and the sources
+    of the standard library; or a file, or all SUFFIXES files under a folder. Raises ValueError, with
+    a line for the user, when there is nothing to read."""
     if corpus is None:
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-        skip = {"site-packages", "dist-packages", "pydoc_data", "__pycache__"}   # the reference again
+        skip = {"site-packages", "dist-packages", "pydoc_data", "__pycache__"}
         files = sorted(f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
         topics = list(pydoc_data.topics.topics.values())
         return topics + [f.read_text("utf-8", "replace") for f in files]
@@ -72,7 +70,7 @@ def files_under(folder):
     found, entered = [], set()
     for where, below, names in os.walk(folder, followlinks=True):
         if os.path.realpath(where) in entered:
-            below.clear()                                                  # a link in a circle
+            below.clear()  # a link in a circle
             continue
         entered.add(os.path.realpath(where))
         paths = [pathlib.Path(where, name) for name in names]
@@ -81,7 +79,7 @@ def files_under(folder):
 
 
 def cut(text, most):
-    """A text in pieces of at most `most` characters: cut at a blank line, a line end, or anywhere."""
+    """A text in pieces of at most `most` characters, cut at a blank line, a line end, or anywhere."""
     pieces, start = [], 0
     while len(text) - start > most:
         middle, end = start + most // 2, start + most
@@ -93,24 +91,22 @@ def cut(text, most):
 
 
 def deal(texts, saved=None):
-    """Cut documents to pieces and deal them to the parts of SHARES by their size in characters, each
-    piece once, however many copies of it there are: ({part: [piece]}, record). The record, all that
-    it takes to deal the same way again, is
+    """Cut documents to pieces and deal them to the parts of SHARES by their size, each piece once,
+    however many copies of it there are: ({part: [piece]}, record). To deal so again takes a record:
 
       piece        most characters of a piece: about 500 pieces, between 1,024 and 65,536
       split        {digest: part} of each piece
       fingerprint  of the whole text
 
-    `saved`: the record of a run. Its pieces go where they went then; only what is new is dealt."""
+    saved: the record of a run. Its pieces go where they went then; only what is new is dealt."""
     size = sum(map(len, texts))
     most = saved["piece"] if saved else 2 ** min(16, max(10, round(np.log2(size / 512))))
+    known = saved["split"] if saved else {}
     pieces = {}
     for text in texts:
         for piece in cut(text, most):
             pieces[hashlib.sha256(piece.encode("utf-8", "replace")).hexdigest()[:16]] = piece
-    known = saved["split"] if saved else {}
-    parts, filled = {name: [] for name in SHARES}, dict.fromkeys(SHARES, 0)
-    split = {}
+    parts, filled, split = {name: [] for name in SHARES}, dict.fromkeys(SHARES, 0), {}
     for digest in sorted(pieces, key=lambda digest: (digest not in known, digest)):
         emptiest = min(SHARES, key=lambda name: filled[name] / SHARES[name])
         split[digest] = known.get(digest, emptiest)
@@ -120,7 +116,7 @@ def deal(texts, saved=None):
     return parts, {"fingerprint": fingerprint, "piece": most, "split": split}
 
 
-# --- 2. Tokeniser ----------------------------------------------------------------------------------
+# --- 2. Tokeniser --------------------------------------------------------------------------------
 
 def sample(texts, most=2_000_000, window=2000):
     """`most` characters from all over the texts, in windows; all of them if there are fewer."""
@@ -133,12 +129,12 @@ def sample(texts, most=2_000_000, window=2000):
 
 def learn_bpe(text, vocab_size):
     """Byte-pair ranks, {bytes: rank}: the 256 bytes, the ten " digit" pairs (so that a number is one
-    token a digit), then the most frequent pair of neighbours again and again, as long as there is one.
-    Counts are kept up to date, and the largest comes from a heap: a merge costs what it changes."""
+    token a digit), then the most frequent pair of neighbours again and again, while there is one.
+    Counts are kept up to date and the largest comes from a heap: a merge costs what it changes."""
     words = collections.Counter(re.findall(PATTERN, text))
     pieces = [[bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in words]
     counts = list(words.values())
-    pairs, where = collections.Counter(), collections.defaultdict(set)     # its count, its words
+    pairs, where = collections.Counter(), collections.defaultdict(set)  # its count, its words
     for i, piece in enumerate(pieces):
         for pair in zip(piece, piece[1:]):
             pairs[pair] += counts[i]
@@ -148,13 +144,13 @@ def learn_bpe(text, vocab_size):
     ranks = {bytes([byte]): byte for byte in range(256)} | {b" %d" % i: 256 + i for i in range(10)}
     while len(ranks) < vocab_size and heap:
         count, best = heapq.heappop(heap)
-        if count == 0 or pairs[best] != -count:                            # it has changed since
+        if count == 0 or pairs[best] != -count:  # it has changed since
             continue
         merged, changed = best[0] + best[1], set()
         ranks.setdefault(merged, len(ranks))
         for i in where.pop(best):
             old, new = pieces[i], []
-            for token in old:                                              # greedy, left to right
+            for token in old:  # greedy, left to right
                 if new and (new[-1], token) == best:
                     new[-1] = merged
                 else:
@@ -172,16 +168,9 @@ def learn_bpe(text, vocab_size):
     return ranks
 
 
-def tokenizer(name, vocab_size, path, texts):
-    """A tiktoken.Encoding. `name` "learned": the ranks in the file `path` (see ranks_file) or, without
-    it, those of `vocab_size` tokens learned from `texts`; any other name is tiktoken's. Raises
-    ValueError when tiktoken does not know the name or cannot fetch its ranks."""
-    if name != "learned":
-        try:
-            return tiktoken.get_encoding(name)
-        except Exception as error:                                         # unknown, or no network
-            raise ValueError(f"--tokenizer {name}: tiktoken cannot load it ({type(error).__name__}); "
-                             "it needs the network once, or use --tokenizer learned") from None
+def tokenizer(vocab_size, path, texts):
+    """A tiktoken.Encoding of the ranks in the file `path` (see ranks_file), or, without it, of
+    `vocab_size` tokens learned from `texts`. Raises ValueError for another kind of file."""
     path, ranks = pathlib.Path(path), {}
     if path.exists():
         try:
@@ -189,8 +178,8 @@ def tokenizer(name, vocab_size, path, texts):
                 token, rank = line.split()
                 ranks[base64.b64decode(token)] = int(rank)
         except ValueError:
-            raise ValueError(f"{path}: damaged, or not a file of this program; take that of the run "
-                             "it belongs to") from None
+            raise ValueError(f"{path}: damaged, or not a file of this program; take that of the "
+                             "run it belongs to") from None
     else:
         ranks = learn_bpe(sample(texts), vocab_size)
     return tiktoken.Encoding("learned", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
@@ -198,28 +187,27 @@ def tokenizer(name, vocab_size, path, texts):
 
 def ranks_file(encoding):
     """The ranks as tiktoken writes them: a token in base64 and its rank, one a line."""
-    rank = encoding.encode_single_token
-    tokens = encoding.token_byte_values()
+    rank, tokens = encoding.encode_single_token, encoding.token_byte_values()
     return "".join(f"{base64.b64encode(token).decode()} {rank(token)}\n" for token in tokens)
 
 
-# --- 3. Parts --------------------------------------------------------------------------------------
+# --- 3. Parts ------------------------------------------------------------------------------------
 
 @dataclass
 class Part:
     """What one part owns: no piece of text and no key of it is in another part."""
-    tokens: np.ndarray           # (many,) its text, one piece after the other
-    words: np.ndarray            # (some,) its words, each one token: the keys of the tasks
-    values: np.ndarray           # (some,) words for the answers, one token each, the same in all parts
-    ends_line: np.ndarray        # (V,) bool: this token ends a line
-    blank: np.ndarray            # (V,) bool: this token is white space
-    looks_back: np.ndarray       # (V,) bool: in training the heads may be asked to recall here
-    encode: callable             # str -> [token]
-    decode: callable             # [token] -> str
+    tokens: np.ndarray  # (many,) its text, one piece after the other
+    words: np.ndarray  # (some,) its words, each one token: the keys of the tasks
+    values: np.ndarray  # (some,) words for the answers, each one token, the same in all parts
+    ends_line: np.ndarray  # (V,) bool: this token ends a line
+    blank: np.ndarray  # (V,) bool: this token is white space
+    looks_back: np.ndarray  # (V,) bool: in training the heads may be asked to recall here
+    encode: callable  # str -> [token]
+    decode: callable  # [token] -> str
 
     def text(self, rng, n):
-        """n consecutive tokens from anywhere, not all of them white space, (n,). One random number,
-        whatever the text: so the words of a prompt do not depend on the text around them."""
+        """n consecutive tokens from anywhere, not all of them white space, (n,). It takes one random
+        number, whatever the text: so a prompt's words do not depend on the text around them."""
         last = len(self.tokens) - n + 1
         start = int(rng.random() * last)
         while n and self.blank[self.tokens[start:start + n]].all():
@@ -236,11 +224,11 @@ class Part:
 
 
 def deal_words(frequency, spelled):
-    """{name: [token]}: what serves as keys in each part, and as answers in all ("values").
+    """{name: [token]}: the keys of each part, and the answers of all ("values").
 
-    frequency (V,): how often each token is in the training part; spelled [V]: its bytes. Words are the
+    frequency (V,): how often a token is in the training part; spelled [V]: its bytes. Words are the
     tokens that read " word", three letters or more of any alphabet; where they are few, as in scripts
-    without spaces, also tokens of letters alone. The 64 most frequent are left out, 2,000 dealt. The
+    without spaces, also other tokens of letters. The 64 most frequent are left out, 2,000 dealt. The
     keys to train on are all other tokens but numbers and white space: a GPT that sees few different
     keys learns those, and not how to look one up. Raises ValueError when there are too few."""
     words, letters = [], []
@@ -251,7 +239,7 @@ def deal_words(frequency, spelled):
                 words.append(token)
             if len(text) > 2 or not text.isascii():
                 letters.append(token)
-    needed = 64 + int(16 / min(WORDS.values()))                            # 16 for the smallest share
+    needed = 64 + int(16 / min(WORDS.values()))  # 16 for the smallest share
     words = words if len(words) >= needed else letters
     words = np.random.default_rng(0).permutation(words[64:2064])
     dealt = np.split(words, (np.cumsum(list(WORDS.values())) * len(words)).astype(int))
@@ -267,20 +255,19 @@ def deal_words(frequency, spelled):
 
 def make_parts(texts, encoding, longest, words=None):
     """({part: Part}, words) from the parts of `deal`. words: those of a GPT that was trained before,
-    whose answers are words that it has learned to answer with; if not given, they are dealt now.
-    Raises ValueError when a part is too short for prompts of `longest` tokens."""
-    bytes_of = {name: sum(len(text.encode("utf-8", "replace")) + 1 for text in own)
-                for name, own in texts.items()}
+    so that its answers are words that it has learned to answer with; else they are dealt now. Raises
+    ValueError when a part is too short for prompts of `longest` tokens."""
     streams = {}
     for name, own in texts.items():
-        if bytes_of[name] >= 2 * longest:                                  # a token has a byte or more
+        size, unit = sum(len(text.encode("utf-8", "replace")) + 1 for text in own), "bytes"
+        if size >= 2 * longest:  # a token has a byte or more
             rows = encoding.encode_ordinary_batch([text + "\n" for text in own])
             streams[name] = np.concatenate([np.array(row, dtype=np.int32) for row in rows])
-        size = len(streams.get(name, ()))
+            size, unit = len(streams[name]), "tokens"
         if size < 2 * longest:
-            raise ValueError(f"the corpus is too short: its part to {name} has {size or bytes_of[name]} "
-                             f"{'tokens' if size else 'bytes'}, and prompts of {longest} tokens need "
-                             f"{2 * longest} tokens; give more text, or shorter prompts")
+            raise ValueError(f"the corpus is too short: its part to {name} has {size} {unit}, and "
+                             f"prompts of {longest} tokens need {2 * longest} tokens; give more "
+                             "text, or shorter prompts")
     spelled = [b""] * encoding.n_vocab
     for token in encoding.token_byte_values():
         spelled[encoding.encode_single_token(token)] = token
@@ -295,44 +282,49 @@ def make_parts(texts, encoding, longest, words=None):
             for name, stream in streams.items()}, words
 
 
-# --- 4. Tasks. Each is f(part, rng, n, room) -> context of n tokens, [(question, answer), ...] whose tokens fit in `room` ---
+# --- 4. Tasks: f(part, rng, n, room) -> a context of n tokens, [(question, answer), ...]; at least the
+#        first question and its answer fit in `room` tokens -------------------------------------------
 
 def weave(part, rng, lines, n):
     """Put `lines` (token lists), in their order, at random line ends of real text; n tokens in all."""
     text = part.text(rng, n - sum(map(len, lines)))
     ends = np.flatnonzero(part.ends_line[text]) + 1
     cuts = np.sort(rng.integers(len(text) + 1, size=len(lines)))
-    if len(ends):                                                          # move each back to where a line ends
+    if len(ends):  # move each back to where a line ends
         cuts = np.concatenate([[0], ends])[np.searchsorted(ends, cuts, side="right")]
     pieces = np.split(text, cuts)
-    return np.concatenate([pieces[0]] + [x for line, piece in zip(lines, pieces[1:]) for x in (line, piece)])
+    woven = [pieces[0]]
+    for line, piece in zip(lines, pieces[1:]):
+        woven += [line, piece]
+    return np.concatenate(woven)
 
 
 def facts(n, size, most=8):
-    """How many facts of `size` tokens go into a context of n tokens: `most`, or as many as fill seven eighths of it. All
-    tasks have their `most` from 192 tokens on. Short contexts, of early training, are nearly nothing but facts: a GPT that
-    always sees them in much text comes to need the text, and is lost when a manager takes it away."""
+    """How many facts of `size` tokens go into a context of n: `most`, or as many as fill seven eighths
+    of it. Short contexts, of early training, are nearly nothing but facts: a GPT that always sees them
+    in much text comes to need the text, and is lost when a manager takes it away."""
     return max(1, min(most, n * 7 // (8 * size)))
 
 
 def lm(part, rng, n, room):
     """Real text, read on: StreamingLLM's test. The score is 1 / perplexity.
-    Context: `...for key in sorted(self.keys()):` question: `\\n` answer: the `room` - 1 tokens that really follow."""
+    Context: `...for key in sorted(self.keys()):` answer: the `room` - 1 tokens that follow."""
     text = part.text(rng, n + room)
     return text[:n], [(text[n:n + 1], text[n + 1:])]
 
 
 def needle(part, rng, n, room):
     """One sentence in real text: RULER's niah_single.
-    Context: `... The name of header is optional. ...` question: `The name of header is` answer: ` optional`."""
+    Context: `... The name of header is optional. ...` question: `The name of header is`."""
     [key], [value] = part.pick(rng, 1), part.answers(rng, 1)
     ask = part.encode("The name of") + [key] + part.encode(" is")
-    return weave(part, rng, [ask + [value] + part.encode(".\n")], n), [(part.encode("\n") + ask, [value])]
+    line = ask + [value] + part.encode(".\n")
+    return weave(part, rng, [line], n), [(part.encode("\n") + ask, [value])]
 
 
 def multikey(part, rng, n, room):
     """Eight notes scattered in real text, any of which may be asked for: RULER's niah_multikey.
-    Context: `... note header optional ... note linear kinds ...` question: `note linear` answer: ` kinds`."""
+    Context: `... note header optional ... note linear kinds ...` question: `note linear`."""
     note, end = part.encode("note"), part.encode("\n")
     total = facts(n, len(note) + 3)
     pairs = list(zip(part.pick(rng, total), part.answers(rng, total)))
@@ -342,52 +334,59 @@ def multikey(part, rng, n, room):
 
 def kv(part, rng, n, room):
     """A dictionary of sixteen pairs in one place: InfiniteBench's kv_retrieval.
-    Context: `... { header: optional, linear: kinds, ...}` question: `, linear:` answer: ` kinds`."""
+    Context: `... { header: optional, linear: kinds, ...}` question: `, linear:`."""
     colon, comma = part.encode(":"), part.encode(",")
     total = facts(n, len(colon) + len(comma) + 4, 16)
     pairs = list(zip(part.pick(rng, total), part.answers(rng, total)))
-    line = sum(([key] + colon + [value] + comma for key, value in pairs), part.encode("{"))
+    line = part.encode("{")
+    for key, value in pairs:
+        line = line + [key] + colon + [value] + comma
     context = weave(part, rng, [line + part.encode("}\n")], n)
     return context, [(comma + [key] + colon, [value]) for key, value in rng.permutation(pairs)]
 
 
 def passage(part, rng, n, room):
-    """Named passages of real text and the last words of one: which is it? LongBench's passage_retrieval.
+    """Named passages of real text, and the last words of one: LongBench's passage_retrieval.
     Context: `...is run in a loop[ header] ...` question: `is run in a loop[` answer: ` header`."""
     opening, closing = part.encode("["), part.encode("]")
-    marks = len(opening) + len(closing) + 1                                # and the name
+    marks = len(opening) + len(closing) + 1  # and the name
     total = facts(n, marks + 9)
     names = part.answers(rng, total)
     text = part.text(rng, n - marks * total)
-    plain = np.flatnonzero(~part.blank[text]) + 1                          # a passage ends in a word or a mark
+    plain = np.flatnonzero(~part.blank[text]) + 1  # a passage ends in a word or a mark
     ends = (np.arange(total) + rng.uniform(0.3, 0.9, total)) * len(text) / total
     ends = plain[np.searchsorted(plain, ends.astype(int)).clip(max=len(plain) - 1)]
-    pieces = np.split(text, ends)
-    context = [x for piece, name in zip(pieces, names) for x in (piece, opening, [name], closing)] + [pieces[-1]]
+    pieces, context = np.split(text, ends), []
+    for piece, name in zip(pieces, names):
+        context += [piece, opening, [name], closing]
     quotes = [np.concatenate([part.encode("\n"), piece[-6:], opening]) for piece in pieces]
-    return np.concatenate(context), [(quotes[i], [names[i]]) for i in rng.permutation(total)]
+    asks = [(quotes[i], [names[i]]) for i in rng.permutation(total)]
+    return np.concatenate(context + [pieces[-1]]), asks
 
 
 def count(part, rng, n, room):
     """Votes scattered in real text, one word with most of them: RULER's common words.
-    Context: `... one vote header ... one vote optional ... one vote header ...` question: `most vote` answer: ` header`."""
+    Context: `... one vote header ... one vote optional ... one vote header` question: `most vote`."""
     vote, end = part.encode("one vote"), part.encode("\n")
     line = len(vote) + 2
     winner, *others = part.answers(rng, 1 + facts(n - line, 2 * line, 4))
     cast = rng.permutation([winner] * (len(others) + 1) + others)
-    return weave(part, rng, [vote + [word] + end for word in cast], n), [(part.encode("\nmost vote"), [winner])]
+    lines = [vote + [word] + end for word in cast]
+    return weave(part, rng, lines, n), [(part.encode("\nmost vote"), [winner])]
 
 
 def trace(part, rng, n, room):
-    """Variables set to words, then others set to those variables; the value of one of each two, one hop away or two: RULER's
-    variable tracking. Context: `... let header = optional ... let linear = header ...` question: `value linear =` answer:
-    ` optional`. To ask for both would give the second answer away: the first would stand in the prompt."""
+    """Variables set to words, then others set to those; one of each two is asked for, one hop away or
+    two: RULER's variable tracking. (To ask for both would give the second answer away.)
+    Context: `... let header = optional ... let linear = header ...` question: `value linear =`."""
     let, equals, end = part.encode("let"), part.encode(" ="), part.encode("\n")
     total = facts(n, 2 * (len(let) + len(equals) + 3), 4)
     words, values = part.pick(rng, 2 * total), part.answers(rng, total)
     first, second = words[:total], words[total:]
-    lines = [let + [a] + equals + [b] + end for a, b in list(zip(first, values)) + list(zip(second, first))]
-    asks = [(part.encode("\nvalue") + [rng.choice([first[i], second[i]])] + equals, [values[i]]) for i in rng.permutation(total)]
+    lines = [let + [a] + equals + [b] + end
+             for a, b in list(zip(first, values)) + list(zip(second, first))]
+    asks = [(part.encode("\nvalue") + [rng.choice([first[i], second[i]])] + equals, [values[i]])
+            for i in rng.permutation(total)]
     return weave(part, rng, lines, n), asks
 
 
@@ -395,50 +394,46 @@ def copy(part, rng, n, room):
     """Marked lines of real text, one to be repeated: RULER's and NIAH's control.
     Context: `... line header> in order to ...` question: `line header>` answer: ` in order to`."""
     line, mark, end = part.encode("line"), part.encode(">"), part.encode("\n")
-    asks = [line + [key] + mark for key in part.pick(rng, facts(n, len(line) + len(mark) + 6, 4))]
+    keys = part.pick(rng, facts(n, len(line) + len(mark) + 6, 4))
+    asks = [line + [key] + mark for key in keys]
     values = [[token for token in part.text(rng, 64) if not part.blank[token]][:3] for _ in asks]
-    context = weave(part, rng, [ask + value + end for ask, value in zip(asks, values)], n)
+    lines = [ask + value + end for ask, value in zip(asks, values)]
+    context = weave(part, rng, lines, n)
     return context, [(end + asks[i], values[i]) for i in rng.permutation(len(asks))]
-
-
-def quote(part, rng, n, room):
-    """Six tokens from anywhere in the text, and the two after them. Not in TASKS: nothing tells in advance what to keep.
-    Context: `...for key in sorted(self.keys()):` question: `\\nfor key in sorted(self` answer: `.keys`."""
-    text, end = part.text(rng, n), part.encode("\n")
-    return text, [(np.concatenate([end, text[at:at + 6]]), text[at + 6:at + 8]) for at in rng.integers(n - 8, size=4)]
 
 
 TASKS = {task.__name__: task for task in (lm, needle, multikey, kv, passage, count, trace, copy)}
 
 
-# --- 5. Prompts as tensors -------------------------------------------------------------------------------------------
+# --- 5. Prompts as tensors -----------------------------------------------------------------------
 
 @dataclass
 class Batch:
-    """N prompts of one length."""
-    tokens: torch.Tensor         # (N, L) context, questions and answers, line ends after the last
-    answer: torch.Tensor         # (N, L) 0 outside answers, 1 in the first answer, 2 in the second, ...
-    context: int                 # the first `context` tokens are read and compressed before any question is known
-    tasks: list                  # the task of each prompt
+    """N prompts of L tokens."""
+    tokens: torch.Tensor  # (N,L) context, questions and answers, line ends after the last
+    answer: torch.Tensor  # (N,L) 0 outside answers, 1 in the first answer, 2 in the second, ...
+    context: int  # so many tokens are read, and evicted from, before any question is known
+    tasks: list  # the task of each prompt
 
     def each(self, f):
-        """f applied to tokens and to answer, (N, L) each: other rows, another device. `tasks` stays."""
+        """f applied to tokens and to answer, (N,L) each: other rows, another device. tasks stays."""
         return replace(self, tokens=f(self.tokens), answer=f(self.answer))
 
 
-def room(length):
-    """Tokens kept for the questions in a prompt of `length`: half, at most 64."""
+def question_tokens(length):
+    """Tokens for the questions in a prompt of `length`: half, at most 64."""
     return min(64, length // 2)
 
 
-def batch(part, tasks, rng, length):
-    """One prompt for each of `tasks`, a name in TASKS or a function like them, as a Batch. Questions are asked one after
-    the other while they fit. Raises ValueError for a task whose first does not."""
-    n, pad = length - room(length), part.encode("\n")[0]
-    tokens, answer = (np.full((len(tasks), length), fill, dtype=np.int64) for fill in (pad, 0))
+def prompts(part, tasks, rng, length):
+    """One prompt for each of `tasks`, a name in TASKS or a function like them, as a Batch. Questions
+    follow one another while they fit. Raises ValueError for a task whose first does not."""
+    room, pad = question_tokens(length), part.encode("\n")[0]
+    n = length - room
+    tokens, answer = np.full((len(tasks), length), pad), np.zeros((len(tasks), length), dtype=int)
     for i, task in enumerate(tasks):
         make = TASKS.get(task, task)
-        tokens[i, :n], questions = make(part, rng, n, room(length))
+        tokens[i, :n], questions = make(part, rng, n, room)
         end = n
         for which, (question, reply) in enumerate(questions, 1):
             start, end = end, end + len(question) + len(reply)
@@ -447,7 +442,8 @@ def batch(part, tasks, rng, length):
             tokens[i, start:end] = np.concatenate([question, reply])
             answer[i, end - len(reply):end] = which
         if not answer[i].any():
-            raise ValueError(f"task {make.__name__}: its first question and answer do not fit in {room(length)} tokens")
+            raise ValueError(f"task {make.__name__}: its first question and answer do not fit in "
+                             f"{room} tokens")
     return Batch(torch.from_numpy(tokens), torch.from_numpy(answer), n, list(tasks))
 
 
@@ -455,36 +451,57 @@ def depth(batch):
     """Where in the context the needle of each prompt is, in fifths, (N,), 0 to 4."""
     found = []
     for tokens, answer in zip(batch.tokens, batch.answer):
-        at = int(answer.nonzero()[0])
-        same = (tokens[:batch.context - 2] == tokens[at - 2]) & (tokens[2:batch.context] == tokens[at])
-        found.append(int(same.nonzero()[-1]) * 5 // batch.context)
+        at, n = int(answer.nonzero()[0]), batch.context
+        same = (tokens[:n - 2] == tokens[at - 2]) & (tokens[2:n] == tokens[at])
+        found.append(int(same.nonzero()[-1]) * 5 // n)
     return torch.tensor(found)
 
 
-def told(tokens, answer, n):
-    """Where a context of n tokens says what will be asked for: the places of each answer's tokens, wherever they follow the
-    same token as in the question. tokens, answer (L,) of one prompt -> (places,), ascending."""
+def fact_positions(tokens, answer, n):
+    """Where a context of n tokens says what will be asked for: the places of each answer's tokens,
+    wherever they follow the same token as in the question. tokens, answer (L,) of one prompt ->
+    (places,), ascending."""
     found = []
     for which in range(1, answer.max() + 1):
         at = np.flatnonzero(answer == which)
-        asked = tokens[at[0] - 1:at[-1] + 1]                               # the question's last token and the answer
-        starts = np.flatnonzero(np.logical_and.reduce([tokens[i:n - len(asked) + 1 + i] == x for i, x in enumerate(asked)]))
+        asked = tokens[at[0] - 1:at[-1] + 1]  # the question's last token, and the answer
+        same = [tokens[i:n - len(asked) + 1 + i] == token for i, token in enumerate(asked)]
+        starts = np.flatnonzero(np.logical_and.reduce(same))
         found.append((starts[:, None] + np.arange(1, len(asked))).ravel())
     return np.unique(np.concatenate(found))
 
 
-def training_batch(part, rng, rows, length, recall):
-    """`rows` prompts of random tasks, and words to recall, (N, L-1): at a share `recall` of the places in a context where no word
-    of three letters or more stands, any word that was read before and will be asked for; -1 elsewhere. A tiny GPT's attention does
-    not return to what was said unless told to, and attention that nobody pays shows no manager what to keep."""
-    prompts = batch(part, rng.choice(list(TASKS), rows), rng, length)
-    tokens, answer, words = prompts.tokens.numpy(), prompts.answer.numpy(), np.full((rows, length - 1), -1)
-    for i, task in enumerate(prompts.tasks):
+def words_to_recall(batch, part, rng, share):
+    """Words to recall, (N,L-1), -1 where none is: at a `share` of the places of a context where no
+    word of three letters or more stands, any word that was read before and will be asked for. A tiny
+    GPT's attention does not return to what was said unless told to, and attention that nobody pays
+    shows no manager what to keep."""
+    tokens, answer = batch.tokens.numpy(), batch.answer.numpy()
+    words = np.full((len(tokens), tokens.shape[1] - 1), -1)
+    for i, task in enumerate(batch.tasks):
         if task == "lm":
             continue
-        said = told(tokens[i], answer[i], prompts.context)
-        places = np.flatnonzero((rng.random(prompts.context) < recall) & part.looks_back[tokens[i, :prompts.context]])
-        before = np.searchsorted(said, places)                             # how many such words were read by then
+        said = fact_positions(tokens[i], answer[i], batch.context)
+        chosen = rng.random(batch.context) < share
+        places = np.flatnonzero(chosen & part.looks_back[tokens[i, :batch.context]])
+        before = np.searchsorted(said, places)  # how many such words were read by then
         places, before = places[before > 0], before[before > 0]
         words[i, places] = tokens[i, said[(rng.random(len(places)) * before).astype(int)]]
-    return prompts, torch.from_numpy(words)
+    return torch.from_numpy(words)
+
+
+def lesson(part, rng, done, length, tokens, recall):
+    """What a training step learns from, when a share `done` of them is over: (Batch, words to recall).
+    The shortest prompts at first, then all lengths but the longest, then mostly that, `tokens` tokens
+    in all. The heads are asked to recall, at a share `recall` of the places, once they have found
+    their work."""
+    lengths = [length >> k for k in range(length.bit_length()) if length >> k >= 64][::-1]
+    odds = np.array([1] * (len(lengths) - 1) + [2 * len(lengths[1:]) or 1])  # longest: two of three
+    if done < 0.25:
+        own = lengths[0]
+    elif done < 0.5:
+        own = int(rng.choice(lengths[:-1] or lengths))
+    else:
+        own = int(rng.choice(lengths, p=odds / odds.sum()))
+    batch = prompts(part, rng.choice(list(TASKS), tokens // own), rng, own)
+    return batch, words_to_recall(batch, part, rng, recall if done >= 0.25 else 0.0)
