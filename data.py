@@ -25,8 +25,8 @@ import numpy as np
 import tiktoken
 import torch
 
-# How text is cut before byte pairs are merged: words, single digits, runs of marks, line ends, other
-# white space; at most 16 characters: a script without spaces has words as long as a sentence.
+# How text is cut before byte pairs are merged: words, single digits, runs of marks, line ends, white
+# space. At most 16 characters: in scripts without spaces a word is as long as a sentence.
 PATTERN = r" ?[^\W\d_]{1,16}| ?\d| ?[^\s\w]{1,16}|_{1,16}|\s{0,15}\n|\s{1,16}"
 SUFFIXES = (".txt", ".md", ".rst", ".py")
 SHARES = {"train": 0.64, "evolve": 0.14, "choose": 0.08, "report": 0.14}  # of the text
@@ -36,9 +36,9 @@ WORDS = {"values": 0.25, "evolve": 0.25, "choose": 0.10, "report": 0.25}  # to t
 # --- 1. Documents --------------------------------------------------------------------------------
 
 def documents(corpus=None):
-    """The texts to learn from, [str]: the language reference (one document a topic) and the sources
-    of the standard library; or a file, or all SUFFIXES files under a folder. Raises ValueError, with
-    a line for the user, when there is nothing to read."""
+    """The texts to learn from, [str]: Python's language reference, a document a topic, and its
+    standard library; or a file, or all SUFFIXES files under a folder. Raises ValueError, with a
+    line for the user, when there is nothing to read."""
     if corpus is None:
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
         skip = {"site-packages", "dist-packages", "pydoc_data", "__pycache__"}
@@ -79,7 +79,7 @@ def files_under(folder):
 
 
 def cut(text, most):
-    """A text in pieces of at most `most` characters, cut at a blank line, a line end, or anywhere."""
+    """A text in pieces of at most `most` characters: cut at blank lines, line ends, or anywhere."""
     pieces, start = [], 0
     while len(text) - start > most:
         middle, end = start + most // 2, start + most
@@ -128,9 +128,9 @@ def sample(texts, most=2_000_000, window=2000):
 
 
 def learn_bpe(text, vocab_size):
-    """Byte-pair ranks, {bytes: rank}: the 256 bytes, the ten " digit" pairs (so that a number is one
-    token a digit), then the most frequent pair of neighbours again and again, while there is one.
-    Counts are kept up to date and the largest comes from a heap: a merge costs what it changes."""
+    """Byte-pair ranks, {bytes: rank}: the 256 bytes, the ten " digit" pairs (a number is one token
+    a digit), then the most frequent pair of neighbours again and again, while there is one. Counts
+    are kept up to date, and the largest comes from a heap: a merge costs what it changes."""
     words = collections.Counter(re.findall(PATTERN, text))
     pieces = [[bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in words]
     counts = list(words.values())
@@ -206,8 +206,9 @@ class Part:
     decode: callable  # [token] -> str
 
     def text(self, rng, n):
-        """n consecutive tokens from anywhere, not all of them white space, (n,). It takes one random
-        number, whatever the text: so a prompt's words do not depend on the text around them."""
+        """n consecutive tokens from anywhere, not all of them white space, (n,). It takes one
+        random number, whatever the text: so a prompt's words do not depend on the text around
+        them."""
         last = len(self.tokens) - n + 1
         start = int(rng.random() * last)
         while n and self.blank[self.tokens[start:start + n]].all():
@@ -227,10 +228,11 @@ def deal_words(frequency, spelled):
     """{name: [token]}: the keys of each part, and the answers of all ("values").
 
     frequency (V,): how often a token is in the training part; spelled [V]: its bytes. Words are the
-    tokens that read " word", three letters or more of any alphabet; where they are few, as in scripts
-    without spaces, also other tokens of letters. The 64 most frequent are left out, 2,000 dealt. The
-    keys to train on are all other tokens but numbers and white space: a GPT that sees few different
-    keys learns those, and not how to look one up. Raises ValueError when there are too few."""
+    tokens that read " word", three letters or more of any alphabet; where they are few, as in
+    scripts without spaces, also other tokens of letters. The 64 most frequent are left out, 2,000
+    dealt. The keys to train on are all other tokens but numbers and white space: a GPT that sees
+    few different keys learns those, and not how to look one up. Raises ValueError when there are
+    too few."""
     words, letters = [], []
     for token in np.argsort(-frequency, kind="stable"):
         text = spelled[token].decode("utf-8", "replace")
@@ -244,8 +246,8 @@ def deal_words(frequency, spelled):
     words = np.random.default_rng(0).permutation(words[64:2064])
     dealt = np.split(words, (np.cumsum(list(WORDS.values())) * len(words)).astype(int))
     if min(map(len, dealt)) < 16:
-        raise ValueError(f"only {len(words)} tokens of the vocabulary, beyond the 64 most frequent, "
-                         "are words; use a larger --vocab_size, or more text")
+        raise ValueError(f"only {len(words)} tokens of the vocabulary, beyond the 64 most frequent,"
+                         " are words; use a larger --vocab_size, or more text")
     dealt = {name: own.tolist() for name, own in zip(WORDS, dealt)}
     taken = set(sum(dealt.values(), []))
     dealt["train"] = [token for token in np.flatnonzero(frequency).tolist()
@@ -254,15 +256,15 @@ def deal_words(frequency, spelled):
 
 
 def make_parts(texts, encoding, longest, words=None):
-    """({part: Part}, words) from the parts of `deal`. words: those of a GPT that was trained before,
-    so that its answers are words that it has learned to answer with; else they are dealt now. Raises
-    ValueError when a part is too short for prompts of `longest` tokens."""
+    """({part: Part}, words) from the parts of `deal`. words: those of a GPT that was trained
+    before, so that its answers are words that it has learned to answer with; else they are dealt
+    now. Raises ValueError when a part is too short for prompts of `longest` tokens."""
     streams = {}
     for name, own in texts.items():
         size, unit = sum(len(text.encode("utf-8", "replace")) + 1 for text in own), "bytes"
         if size >= 2 * longest:  # a token has a byte or more
-            rows = encoding.encode_ordinary_batch([text + "\n" for text in own])
-            streams[name] = np.concatenate([np.array(row, dtype=np.int32) for row in rows])
+            rows = [encoding.encode_to_numpy(text + "\n", disallowed_special=()) for text in own]
+            streams[name] = np.concatenate(rows).astype(np.int32)
             size, unit = len(streams[name]), "tokens"
         if size < 2 * longest:
             raise ValueError(f"the corpus is too short: its part to {name} has {size} {unit}, and "
@@ -282,11 +284,12 @@ def make_parts(texts, encoding, longest, words=None):
             for name, stream in streams.items()}, words
 
 
-# --- 4. Tasks: f(part, rng, n, room) -> a context of n tokens, [(question, answer), ...]; at least the
-#        first question and its answer fit in `room` tokens -------------------------------------------
+# --- 4. Tasks: f(part, rng, n, room) -> a context of n tokens, [(question, answer), ...], of which
+#        the first fits in `room` tokens -----------------------------------------------------------
 
 def weave(part, rng, lines, n):
-    """Put `lines` (token lists), in their order, at random line ends of real text; n tokens in all."""
+    """Put `lines` (token lists), in their order, at random line ends of real text; n tokens in
+    all."""
     text = part.text(rng, n - sum(map(len, lines)))
     ends = np.flatnonzero(part.ends_line[text]) + 1
     cuts = np.sort(rng.integers(len(text) + 1, size=len(lines)))
@@ -300,9 +303,9 @@ def weave(part, rng, lines, n):
 
 
 def facts(n, size, most=8):
-    """How many facts of `size` tokens go into a context of n: `most`, or as many as fill seven eighths
-    of it. Short contexts, of early training, are nearly nothing but facts: a GPT that always sees them
-    in much text comes to need the text, and is lost when a manager takes it away."""
+    """How many facts of `size` tokens go into a context of n: `most`, or as many as fill 7/8 of it.
+    Short contexts, of early training, are nearly nothing but facts: a GPT that always sees them in
+    much text comes to need the text, and is lost when a manager takes it away."""
     return max(1, min(most, n * 7 // (8 * size)))
 
 
@@ -366,7 +369,7 @@ def passage(part, rng, n, room):
 
 def count(part, rng, n, room):
     """Votes scattered in real text, one word with most of them: RULER's common words.
-    Context: `... one vote header ... one vote optional ... one vote header` question: `most vote`."""
+    Context: `... one vote header ... one vote optional ... one vote header`, then `most vote`."""
     vote, end = part.encode("one vote"), part.encode("\n")
     line = len(vote) + 2
     winner, *others = part.answers(rng, 1 + facts(n - line, 2 * line, 4))
@@ -376,9 +379,9 @@ def count(part, rng, n, room):
 
 
 def trace(part, rng, n, room):
-    """Variables set to words, then others set to those; one of each two is asked for, one hop away or
-    two: RULER's variable tracking. (To ask for both would give the second answer away.)
-    Context: `... let header = optional ... let linear = header ...` question: `value linear =`."""
+    """Variables set to words, others set to those; one of each two is asked for, one hop away or
+    two: RULER's variable tracking. (To ask for both would give the second answer away.) Context:
+    `... let header = optional ... let linear = header ...` question: `value linear =`."""
     let, equals, end = part.encode("let"), part.encode(" ="), part.encode("\n")
     total = facts(n, 2 * (len(let) + len(equals) + 3), 4)
     words, values = part.pick(rng, 2 * total), part.answers(rng, total)
@@ -416,7 +419,8 @@ class Batch:
     tasks: list  # the task of each prompt
 
     def each(self, f):
-        """f applied to tokens and to answer, (N,L) each: other rows, another device. tasks stays."""
+        """f applied to tokens and to answer, (N,L) each: other rows, another device. tasks
+        stays."""
         return replace(self, tokens=f(self.tokens), answer=f(self.answer))
 
 
@@ -426,8 +430,9 @@ def question_tokens(length):
 
 
 def prompts(part, tasks, rng, length):
-    """One prompt for each of `tasks`, a name in TASKS or a function like them, as a Batch. Questions
-    follow one another while they fit. Raises ValueError for a task whose first does not."""
+    """One prompt for each of `tasks`, a name in TASKS or a function like them, as a Batch.
+    Questions follow one another while they fit. Raises ValueError for a task whose first does
+    not."""
     room, pad = question_tokens(length), part.encode("\n")[0]
     n = length - room
     tokens, answer = np.full((len(tasks), length), pad), np.zeros((len(tasks), length), dtype=int)
@@ -473,9 +478,9 @@ def fact_positions(tokens, answer, n):
 
 def words_to_recall(batch, part, rng, share):
     """Words to recall, (N,L-1), -1 where none is: at a `share` of the places of a context where no
-    word of three letters or more stands, any word that was read before and will be asked for. A tiny
-    GPT's attention does not return to what was said unless told to, and attention that nobody pays
-    shows no manager what to keep."""
+    word of three letters or more stands, any word that was read before and will be asked for. A
+    tiny GPT's attention does not return to what was said unless told to, and attention that nobody
+    pays shows no manager what to keep."""
     tokens, answer = batch.tokens.numpy(), batch.answer.numpy()
     words = np.full((len(tokens), tokens.shape[1] - 1), -1)
     for i, task in enumerate(batch.tasks):
@@ -491,10 +496,9 @@ def words_to_recall(batch, part, rng, share):
 
 
 def lesson(part, rng, done, length, tokens, recall):
-    """What a training step learns from, when a share `done` of them is over: (Batch, words to recall).
-    The shortest prompts at first, then all lengths but the longest, then mostly that, `tokens` tokens
-    in all. The heads are asked to recall, at a share `recall` of the places, once they have found
-    their work."""
+    """What a training step learns from, when a share `done` of all is over: (Batch, words to
+    recall), `tokens` tokens in all. The shortest prompts at first, then all lengths but the
+    longest, then mostly that. The heads are asked to recall once they have found their work."""
     lengths = [length >> k for k in range(length.bit_length()) if length >> k >= 64][::-1]
     odds = np.array([1] * (len(lengths) - 1) + [2 * len(lengths[1:]) or 1])  # longest: two of three
     if done < 0.25:

@@ -40,14 +40,14 @@ except ImportError:  # Windows: nothing locks a run's folder there
 # --- 1. CMA-ES -----------------------------------------------------------------------------------
 
 class CMAES:
-    """Covariance matrix adaptation evolution strategy, maximising. Names and equation numbers of the
-    tutorial.
+    """Covariance matrix adaptation evolution strategy, maximising. Names and equation numbers of
+    the tutorial.
 
     mean (n,), sigma: where to start and how far to step. diagonal: only the variances are adapted
     (sep-CMA, Ros and Hansen 2008), with rates (n + 2) / 3 times as fast: what n = 4172 needs, where
-    the full matrix hardly moves within a run. Use: candidates = ask(); tell(fitness); again. The best
-    estimate is `mean`. All randomness comes from (seed, generation): state_dict() restores exactly.
-    """
+    the full matrix hardly moves within a run. Use: candidates = ask(); tell(fitness); again. The
+    best estimate is `mean`. All randomness comes from (seed, generation): state_dict() restores
+    exactly. """
 
     def __init__(self, mean, sigma, popsize=None, seed=0, diagonal=False):
         self.mean = torch.as_tensor(mean, dtype=torch.float64).clone()
@@ -88,7 +88,8 @@ class CMAES:
         return self.mean + self.sigma * self.y                                              # (40)
 
     def tell(self, fitness):
-        """Fitness of the candidates of the last ask(), higher is better; what is not finite is worst."""
+        """Fitness of the candidates of the last ask(), higher is better; what is not finite is
+        worst."""
         n, w = len(self.mean), self.weights
         fitness = torch.as_tensor(fitness, dtype=torch.float64)
         order = fitness.nan_to_num(nan=-math.inf, posinf=-math.inf).argsort(descending=True, stable=True)
@@ -162,8 +163,8 @@ def precision(device):
 def answer_logits(gpt, batch, config, manage=None, copies=1):
     """Read the contexts, then the questions with their true answers. B = copies x prompts rows, one
     copy for each candidate of the manager; M answer tokens in all. Returns the row and the place
-    after the context of each, (M,), the logits there (M,V), the tokens asked for (M,), and the share
-    of the cache that was kept, (B,)."""
+    after the context of each, (M,), the logits there (M,V), the tokens asked for (M,), and the
+    share of the cache that was kept, (B,)."""
     n, tokens, answer = batch.context, batch.tokens, batch.answer
     with precision(config.device):
         cache = gpt.new_cache(len(tokens), config.positions == "renumbered")
@@ -205,16 +206,16 @@ def score_answers(gpt, batch, config, manage, copies):
 
 
 def evaluate(gpt, batch, config, manage=None, copies=1):
-    """Read the contexts with the cache managed, then ask. Rows B = copies x prompts. Returns four (B,),
-    means over a prompt's answers, or over heads:
+    """Read the contexts with the cache managed, then ask. Rows B = copies x prompts. Returns four
+    (B,), means over a prompt's answers, or over heads:
 
       exact       1 for an answer whose every token is the arg-max: what greedy decoding would write
       likelihood  of an answer's token: exp of the mean log-probability of its tokens
       logprob     that mean itself, natural logarithm
       cache       share of the context's tokens that is cached when the question is asked
 
-    At most config.rows rows are read at once, or, without a manager, as many tokens as those have at
-    the training length."""
+    At most config.rows rows are read at once, or, without a manager, as many tokens as those have
+    at the training length."""
     N, L = batch.tokens.shape
     each = copies if manage else max(1, L // config.length)  # as how many rows a prompt counts
     at_once, done = max(1, config.rows // each), []
@@ -226,7 +227,8 @@ def evaluate(gpt, batch, config, manage=None, copies=1):
 
 
 def score(task, exact, logprob):
-    """A task's score, higher is better: the share of answers that are exact; of `lm` 1 / perplexity."""
+    """A task's score, higher is better: the share of answers that are exact; of `lm` 1 /
+    perplexity."""
     return (logprob.mean().exp() if task == "lm" else exact.mean()).item()
 
 
@@ -248,16 +250,28 @@ def feature_statistics(gpt, part, config):
     return namm.mean_std(totals.cpu())
 
 
+def full_likelihood(gpt, part, config):
+    """{task: the full cache's likelihood of an answer at the training length}: what the GPT can
+    do."""
+    rng, best = np.random.default_rng([config.seed, 5]), {}
+    for task in config.evolve_on.split(","):
+        batch = prompts(part, task, 16, rng, config.length, config.device)
+        best[task] = evaluate(gpt, batch, config)[1].mean().item()
+    return best
+
+
 def fitness(gpt, solution, best, part, tasks, lengths, count, rng, config):
-    """(P,) fitness of solution.params (P,n), or (1,) of the full cache for solution None, and the share
-    of the cache kept, mean over all. For each task and each of its lengths, on the same `count` prompts
-    for all candidates: mean likelihood of the answers over `best`, the full cache's at the training
-    length; then the mean. The likelihood has no ties, as exact match has; and the paper's divisor, the
-    full cache's score on the same prompts (config.fitness "score"), is near 0 where it is to be beaten.
+    """(P,) fitness of solution.params (P,n) or (n,), or (1,) of the full cache for solution None,
+    and the share of the cache kept, mean over all. For each task and each of its lengths, on the
+    same `count` prompts for all candidates: mean likelihood of the answers over `best`, the full
+    cache's at the training length; then the mean. The likelihood has no ties, as exact match has;
+    and the paper's divisor, the full cache's score on the same prompts (config.fitness "score"), is
+    near 0 where it is to be beaten.
 
     lengths(rng) draws, for one task, the lengths of its prompts in training lengths. Candidates are
     dealt to the processes of the run in turn; each process gets all the results."""
-    P, (rank, size), done = len(solution.params) if solution else 1, world(), 0
+    params = torch.atleast_2d(solution.params) if solution else [None]
+    P, (rank, size), done = len(params), world(), 0
     total = torch.zeros(2, P, device=config.device)  # fitness, cache kept
     for task in tasks:
         for times in lengths(rng):
@@ -269,7 +283,7 @@ def fitness(gpt, solution, best, part, tasks, lengths, count, rng, config):
             for start in range(0, len(mine), at_once):
                 some, manage = list(mine[start:start + at_once]), None  # candidates
                 if solution:
-                    own = dataclasses.replace(solution, params=solution.params[some])
+                    own = dataclasses.replace(solution, params=params[some])
                     manage = manager(own, config)
                 exact, likelihood, _, cache = evaluate(gpt, batch, config, manage, len(some))
                 value = exact if config.fitness == "score" else likelihood
@@ -282,9 +296,10 @@ def fitness(gpt, solution, best, part, tasks, lengths, count, rng, config):
 
 def calibrate_threshold(gpt, solution, part, config, log, validate):
     """The score from which on tokens stay when there is no capacity. While the capacity decides,
-    evolution has no reason to put zero anywhere; the paper, which has none, has it found with the rest.
-    So it is looked for afterwards: of the scores that a half to a tenth of the tokens of a full cache
-    reach, the highest that costs no more than 0.01 of the fitness that the best of them gives."""
+    evolution has no reason to put zero anywhere; the paper, which has none, has it found with the
+    rest. So it is looked for afterwards: of the scores that a half to a tenth of the tokens of a
+    full cache reach, the highest that costs no more than 0.01 of the fitness that the best of them
+    gives."""
     scores, values = [], {}
     everything = manager(solution, config, capacity=0, threshold=-math.inf)
     for task in config.evolve_on.split(","):
@@ -305,84 +320,70 @@ def calibrate_threshold(gpt, solution, part, config, log, validate):
     return max(good, default=0.0)
 
 
+def tasks_at(generation, config):
+    """The tasks of a generation: one more in each of config.stages equal stages."""
+    tasks = config.evolve_on.split(",")
+    stage = config.stages * max(0, generation - 1) // config.generations
+    return tasks[:len(tasks) - config.stages + 1 + stage]
+
+
 def evolve(gpt, parts, config, log, state, keep):
     """Evolve the manager of the cache: (Solution, what it cost). keep(state) is called after each
     generation; from that state evolution goes on to the same bits.
 
-    Prompts are fresh in each generation, and fitness is noisy: so what is kept is an average of the
-    means of the search distribution, the last ten of which count most, and of these averages the one
-    that does best on the prompts to choose by, always the same and never evolved on (config.pick
-    "last": the last mean, as in the paper). Generation 0, all zeros, drops nothing of its own accord:
-    then only the capacity evicts."""
-    evolved, part = config.evolve_on.split(","), parts["evolve"]
-    mean, std = feature_statistics(gpt, part, config)
-    rng, best = np.random.default_rng([config.seed, 5]), {}
-    for task in evolved:  # what the GPT can do: full cache, training length
-        batch = prompts(part, task, 16, rng, config.length, config.device)
-        best[task] = evaluate(gpt, batch, config)[1].mean().item()
-    scale = namm.scale()  # one step size fits all weights
+    Prompts are fresh in each generation, and fitness is noisy. So what is kept is an average of the
+    means of the search distribution, the last ten of which count most; and of these averages the
+    one that does best on the prompts to choose by, always the same and never evolved on.
+    (config.pick "last": the last mean, as in the paper.) Generation 0, all zeros, drops nothing of
+    its own accord: only the capacity evicts."""
+    mean, std = feature_statistics(gpt, parts["evolve"], config)
+    best, scale = full_likelihood(gpt, parts["evolve"], config), namm.scale()
     es = CMAES(torch.zeros(len(scale)), config.sigma, config.popsize, config.seed,
                config.covariance == "diagonal")
 
     def solution(params):
-        """Of parameters in units of their steps."""
+        """Of parameters (4172,) or (P,4172) in units of their steps."""
         return Solution((params * scale).float(), mean, std)
 
     def validate(solution, config=config):
         """Fitness on prompts that are the same each time."""
-        if solution:
-            solution = dataclasses.replace(solution, params=torch.atleast_2d(solution.params))
-        rng = np.random.default_rng([config.seed, 3])
-        return fitness(gpt, solution, best, parts["choose"], evolved, lambda rng: config.evolve_at,
+        rng, lengths = np.random.default_rng([config.seed, 3]), lambda rng: config.evolve_at
+        return fitness(gpt, solution, best, parts["choose"], list(best), lengths,
                        config.choose_prompts, rng, config)
 
-    def tasks_at(generation):
-        """One more task in each of config.stages equal stages."""
-        stage = config.stages * max(0, generation - 1) // config.generations
-        return evolved[:len(evolved) - config.stages + 1 + stage]
-
     [full], _ = validate(None)
-    state = state or dict(next=0, es=es.state_dict(), average=es.mean, highest=-math.inf, seconds=0.0,
-                          chosen=es.mean, history=[])
-    es.load_state_dict(state["es"])
-    start = time.time() - state["seconds"]
     log(f"the full cache's fitness on the prompts to choose by: {full:.3f}")
-    log("generation tasks | candidates: fitness   best  cache | mean: fitness  cache | sigma  "
-        "axis ratio | seconds  left")
-    for g in tqdm(range(state["next"], config.generations + 1), "evolve", config.generations + 1,
-                  initial=state["next"], mininterval=1, dynamic_ncols=True,
-                  disable=True if world()[0] else None):
-        began, tasks, point = time.time(), tasks_at(g), {"generation": g, "sigma": es.sigma}
-        of_all, of_mean = " " * 33, " " * 20
+    state = state or dict(next=0, es=es.state_dict(), average=es.mean, chosen=es.mean, seconds=0.0,
+                          highest=-math.inf, history=[])
+    es.load_state_dict(state["es"])
+    start, last = time.time() - state["seconds"], config.generations
+    for g in tqdm(range(state["next"], last + 1), "evolve", last + 1, initial=state["next"], mininterval=1,
+                  dynamic_ncols=True, disable=True if world()[0] else None):
+        point = {"generation": g, "sigma": es.sigma}
         if g:
             rng = np.random.default_rng([config.seed, 2, g])
-            got, kept = fitness(gpt, solution(es.ask()), best, part, tasks,
+            got, kept = fitness(gpt, solution(es.ask()), best, parts["evolve"], tasks_at(g, config),
                                 lambda rng: [rng.choice(config.evolve_at)], config.prompts, rng, config)
             es.tell(got)
             state["average"] = state["average"] + (es.mean - state["average"]) / min(g, 10)
-            of_all = f"{got.mean():19.3f} {got.max():6.3f} {kept:6.1%}"
             point |= {"candidates": got.mean().item(), "best": got.max().item(), "cache": kept}
-        if g % config.validate == 0 or g == config.generations:
+        if g % config.validate == 0 or g == last:
             chosen = es.mean if config.pick == "last" else state["average"]
             [value], kept = validate(solution(chosen))
-            better = g > 0 and (value > state["highest"] or config.pick == "last")
-            if better:
+            point |= {"mean": value.item(), "its cache": kept}
+            if g and (value > state["highest"] or config.pick == "last"):
                 state |= {"highest": value.item(), "chosen": chosen}
-            of_mean = f"{value:12.3f}{'*' if better else ' '} {kept:6.1%}"
-            point["mean"] = value.item()
-        ratio, took = (es.D.max() / es.D.min()).item(), time.time() - began
-        left = (time.time() - start) / (g + 1) * (config.generations - g)
-        log(f"{g:5d}/{config.generations:<4d} {len(tasks):5d} | {of_all} | {of_mean} | {es.sigma:5.3f} "
-            f"{ratio:11.2f} | {took:7.1f} {left:4.0f}s")
         state["history"].append(point)
+        seconds = time.time() - start
+        numbers = "".join(f" | {name} {x:.3f}" for name, x in point.items() if name != "generation")
+        log(f"{g:4d}/{last}{numbers} | {seconds:.0f} s, {seconds / (g + 1) * (last - g):.0f} s left")
         if es.diagonal or "mean" in point:  # a full covariance is 139 MB
-            keep(state | {"next": g + 1, "es": es.state_dict(), "seconds": time.time() - start})
+            keep(state | {"next": g + 1, "es": es.state_dict(), "seconds": seconds})
     passed = [point["generation"] for point in state["history"] if point.get("mean", -math.inf) > full]
-    read_in_all = sum(len(tasks_at(g + 1)) for g in range(config.generations))
-    cost = {"generations": config.generations, "fitness of the full cache": full.item(),
+    cost = {"generations": last, "seconds": time.time() - start, "fitness of the full cache": full.item(),
             "passed the full cache at generation": min(passed, default=None),
-            "seconds": time.time() - start,
-            "candidate prompts read": config.popsize * config.prompts * read_in_all}
+            "candidate prompts read": config.popsize * config.prompts * sum(
+                len(tasks_at(g + 1, config)) for g in range(last))}
     log(f"evolution: {as_json(cost)}")
     made = solution(state["chosen"])
     if config.capacity:
@@ -392,17 +393,16 @@ def evolve(gpt, parts, config, log, state, keep):
 
 # --- 4. Report -----------------------------------------------------------------------------------
 
-NEAR = ("full", "ntk", "namm", "namm_uncapped", "streaming", "h2o", "tova", "snapkv", "tova+pool",
-        "snapkv+pool", "recent_attention+pool", "recent+lastlayer", "snapkv+lastlayer",
-        "recent_attention+lastlayer")  # the methods of a report; beyond 4 x the training length:
-FAR = tuple(method for method in NEAR if method not in ("streaming", "h2o", "recent+lastlayer"))
-METHODS = (*NEAR[:4], *(rule + how for rule in namm.RULES for how in ("", "+pool", "+lastlayer")))
+SHOWN = ("namm", "namm_uncapped", "full", "ntk", "h2o+pool", "tova+pool", "snapkv+pool",
+         "recent_attention+pool", "snapkv+lastlayer", "recent_attention+lastlayer")
+METHODS = (*SHOWN[:4], *(rule + how for rule in namm.RULES for how in ("", "+pool", "+lastlayer")))
 
 
 def managed(method, solution, slots, config, rules=namm.RULES):
-    """The manager of a method's name, None for a full cache. namm_uncapped: NAMM without the capacity
-    it was evolved with. A rule keeps as many slots as `namm` kept in the mean: in each layer; or, with
-    +pool, in the mean over layers; or, with +lastlayer, the same number in the last layer first."""
+    """The manager of a method's name, None for a full cache. namm_uncapped: NAMM without the
+    capacity it was evolved with. A rule keeps as many slots as `namm` kept in the mean: in each
+    layer; or, with +pool, in the mean over layers; or, with +lastlayer, the same number in the last
+    layer first."""
     if method in ("full", "ntk"):
         return None
     if method in ("namm", "namm_uncapped"):
@@ -413,8 +413,8 @@ def managed(method, solution, slots, config, rules=namm.RULES):
 
 
 def slots_of(share, n, config):
-    """Slots a head, in the mean, that the last eviction left of n tokens, from the share of them in the
-    cache. What came after the last whole block was never judged; without one, all n count."""
+    """Slots a head, in the mean, that the last eviction left of n tokens, from the share of them in
+    the cache. What came after the last whole block was never judged; without one, all n count."""
     return share * n - (n % config.delay if n >= config.delay else 0)
 
 
@@ -427,44 +427,31 @@ def every_task(part, count, seed, length, device):
 
 
 def report(gpt, solution, part, config, rules=namm.RULES):
-    """Every method on every task and length, a list of {method, task, length, score, logprob, relative
-    (to the full cache, None where that has 0), cache, seed, lead, lead_se, seconds}.
+    """Every method on every task and length: [{method, task, length, score, logprob, relative (to
+    the full cache, None where that has 0), cache, seed, lead, lead_se, seconds}].
 
-    All methods answer the same prompts; those that evict read them in the same blocks, the others in
-    one go. lead: NAMM's score minus the method's; lead_se: its standard error over prompts, paired.
-    For needle, depths: the score by where it was, in five equal parts of the context."""
-    rows, asked = [], [method for method in config.methods.split(",") if method]
-    chosen = {times: asked or (NEAR if times <= 4 else FAR) for times in config.report_at}
-    bar = tqdm(total=sum(map(len, chosen.values())), desc="report", mininterval=1,
+    All methods answer the same prompts; those that evict read them in the same blocks, the others
+    in one go. lead: NAMM's score minus the method's; lead_se: its standard error over prompts,
+    paired. For needle, depths: the score by where it was, in five equal parts of the context."""
+    rows, methods = [], config.methods.split(",") if config.methods else SHOWN
+    methods = sorted(methods, key=lambda method: method != "namm")  # whose slots the rules get
+    bar = tqdm(total=len(methods) * len(config.report_at), desc="report", mininterval=1,
                dynamic_ncols=True, disable=None)
     for times in config.report_at:
         count = config.report_prompts if times <= 4 else config.far_prompts
-        length = times * config.length
-        batch = every_task(part, count, [config.seed, 4, times], length, config.device)
-        own = slice(count * list(data.TASKS).index("needle"), count * len(data.TASKS))
-        depth = data.depth(batch.each(lambda x: x[own][:count]))  # (count,) in 0..4
-        slots, at = None, {}
-        for method in sorted(chosen[times], key=lambda method: method != "namm"):  # namm first
-            began = time.time()
-            used = gpt.scaled(times) if method == "ntk" else gpt
+        batch = every_task(part, count, [config.seed, 4, times], times * config.length, config.device)
+        adds, slots = {}, None
+        for method in methods:
+            began, used = time.time(), gpt.scaled(times) if method == "ntk" else gpt
             got = evaluate(used, batch, config, managed(method, solution, slots, config, rules))
-            got, taken = [x.cpu() for x in got], time.time() - began
+            got = [x.cpu() for x in got]
             if method == "namm":
                 slots = slots_of(got[3].mean().item(), batch.context, config)
-            for task, exact, _, logprob, cache in zip(data.TASKS, *(x.split(count) for x in got)):
-                value = score(task, exact, logprob)
-                # what each prompt adds to the score; for 1 / perplexity, to first order
-                adds = value * (1 + logprob - logprob.mean()) if task == "lm" else exact
-                at[method, task] = adds
-                gap = at["namm", task] - adds
-                error = (gap.var(correction=min(1, count - 1)) / count).sqrt().item()
-                rows.append(dict(method=method, task=task, length=length, score=value,
-                                 logprob=logprob.mean().item(), relative=None,
-                                 cache=cache.mean().item(), seed=config.seed, lead=gap.mean().item(),
-                                 lead_se=error, seconds=taken / len(data.TASKS)))
-                if task == "needle":
-                    rows[-1]["depths"] = [exact[depth == d].mean().item() if d in depth else None
-                                          for d in range(5)]
+            own = task_rows(method, got, batch, adds)
+            for row in own:
+                row |= {"length": times * config.length, "seed": config.seed,
+                        "seconds": (time.time() - began) / len(own)}
+            rows += own
             bar.update()
     full = {(row["task"], row["length"]): row["score"] for row in rows if row["method"] == "full"}
     for row in rows:
@@ -473,11 +460,33 @@ def report(gpt, solution, part, config, rules=namm.RULES):
     return rows
 
 
+def task_rows(method, got, batch, adds):
+    """A method's rows of the report at one length, one a task, from what `evaluate` gave it on a
+    batch of `every_task`. adds {(method, task): what each prompt adds to the score}: filled in
+    here, NAMM first, since the others are compared with it."""
+    rows, count = [], len(got[0]) // len(data.TASKS)
+    for t, task in enumerate(data.TASKS):
+        own = slice(t * count, (t + 1) * count)
+        exact, _, logprob, cache = (x[own] for x in got)  # (count,) each
+        value = score(task, exact, logprob)
+        # for 1 / perplexity, to first order
+        adds[method, task] = value * (1 + logprob - logprob.mean()) if task == "lm" else exact
+        gap = adds["namm", task] - adds[method, task]
+        error = (gap.var(correction=min(1, count - 1)) / count).sqrt().item()
+        rows.append({"method": method, "task": task, "score": value, "logprob": logprob.mean().item(),
+                     "cache": cache.mean().item(), "lead": gap.mean().item(), "lead_se": error})
+        if task == "needle":
+            depth = data.depth(batch.each(lambda x: x[own]))  # (count,) in 0..4
+            rows[-1]["depths"] = [exact[depth == d].mean().item() if d in depth else None
+                                  for d in range(5)]
+    return rows
+
+
 @torch.no_grad()
 def watch(gpt, solution, batch, config):
-    """What becomes of each of the n tokens of N contexts, a dict for each layer: lives (N,K,n) bool, at
-    the end; score (N,K,n), the last, NaN for a token never judged; spectrum (N,K,n,F), the last moving
-    average of complete frames."""
+    """What becomes of each of the n tokens of N contexts, a dict for each layer: lives (N,K,n)
+    bool, at the end; score (N,K,n), the last, NaN for a token never judged; spectrum (N,K,n,F), the
+    last moving average of complete frames."""
     n, fate = batch.context, []
     shape = len(batch.tokens), config.n_kv_head, n
     new = lambda *last: torch.zeros(*shape, *last, device=config.device)
@@ -501,9 +510,9 @@ def watch(gpt, solution, batch, config):
 
 
 def example(gpt, solution, part, config, task="kv"):
-    """One prompt for people, of 1024 tokens, or the training length if more, no longer than evolution
-    saw: {task, length, text [n], asked [{question, answer, full, namm}], heads [name]}, and for each
-    head what `watch` gives: lives [n], score [n], spectrum [n][F]."""
+    """One prompt for people, of 1024 tokens, or the training length if more, no longer than
+    evolution saw: {task, length, text [n], asked [{question, answer, full, namm}], heads [name]},
+    and for each head what `watch` gives: lives [n], score [n], spectrum [n][F]."""
     length = min(config.length * max(config.evolve_at), max(config.length, 1024))
     batch = prompts(part, task, 1, np.random.default_rng([config.seed, 10]), length, config.device)
     tokens, answer, n = batch.tokens[0].tolist(), batch.answer[0], batch.context
@@ -527,7 +536,8 @@ def example(gpt, solution, part, config, task="kv"):
 
 
 def show(shown):
-    """Print an example: what is left of its context in each head (`~` for what went), the answers."""
+    """Print an example: what is left of its context in each head (`~` for what went), the
+    answers."""
     print(f"{shown['task']}, {shown['length']} tokens\n\n" + "".join(shown["text"]))
     for name, lives in zip(shown["heads"], shown["lives"]):
         left = "".join(token if stays else "\0" for token, stays in zip(shown["text"], lives))
@@ -659,8 +669,8 @@ def joined(line):
 
 
 def load_settings(folder):
-    """{name: value}, the settings of the run in a folder. Raises ValueError, with a line for the user,
-    if there is none, or one that this version cannot read."""
+    """{name: value}, the settings of the run in a folder. Raises ValueError, with a line for the
+    user, if there is none, or one that this version cannot read."""
     path = pathlib.Path(folder) / "config.json"
     if not path.exists():
         raise ValueError(f"{folder}: the folder holds no run (no config.json)")
@@ -677,8 +687,8 @@ def load_settings(folder):
 
 
 def parse(line=None):
-    """(Config, the task to show, or None for a run) from the command line. Raises ValueError, with a
-    line for the user, for what cannot be."""
+    """(Config, the task to show, or None for a run) from the command line. Raises ValueError, with
+    a line for the user, for what cannot be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      usage="python evolve.py [--preset NAME] [--OPTION VALUE ...]",
                                      argument_default=argparse.SUPPRESS)
@@ -711,40 +721,39 @@ def parse(line=None):
 
 
 def check(c):
-    """Raise ValueError for settings that cannot be."""
-    may_be_zero = ("seed", "recall", "capacity", "threshold")
+    """Raise ValueError, with a line for the user, for settings that cannot be."""
     for f in dataclasses.fields(c):
-        value = getattr(c, f.name)
+        value, may_be_zero = getattr(c, f.name), f.name in ("seed", "recall", "capacity", "threshold")
         values = value if f.type is tuple else (value,)
-        if f.type is not str and f.name not in may_be_zero and not all(0 < x < math.inf for x in values):
+        if f.type is not str and not may_be_zero and not all(0 < x < math.inf for x in values):
             raise ValueError(f"--{f.name} must be above 0")  # nor NaN
     shortest, evolved = c.length * min(c.evolve_at), c.evolve_on.split(",")
-    n = shortest - data.question_tokens(shortest)
+    n, methods = shortest - data.question_tokens(shortest), set(c.methods.split(","))
     for holds, message in [
-        (c.device == "cpu" or torch.cuda.is_available(), "--device cuda: PyTorch finds no CUDA device"),
+        (c.device == "cpu" or torch.cuda.is_available(), "device cuda: PyTorch finds no CUDA device"),
         (set(evolved) <= set(data.TASKS) and len(set(evolved)) == len(evolved),
-         f"--evolve_on: one or more of {', '.join(data.TASKS)}, each once"),
+         f"evolve_on: one or more of {', '.join(data.TASKS)}, each once"),
         (1 <= c.stages <= min(len(evolved), c.generations),
-         f"--stages is 1 to the number of tasks to evolve on, {len(evolved)}, and at most --generations"),
-        (c.head_dim % 2 == 0 and c.head_dim > 2, "--head_dim must be even, and 4 or more"),
-        (c.n_head % c.n_kv_head == 0, "--n_head must be a multiple of --n_kv_head"),
-        (c.length >= 64 and c.length % 4 == 0, "--length must be a multiple of 4, and 64 or more"),
-        (c.batch_tokens >= c.length, "--batch_tokens must be --length or more"),
-        (c.delay % namm.HOP == 0, f"--delay must be a multiple of {namm.HOP}"),
-        (c.delay <= n, f"--delay {c.delay}: the context of the prompts to evolve on has {n} tokens, so "
-         "nothing would ever be evicted"),
-        (c.popsize >= 4, "--popsize must be 4 or more"),
-        (not c.methods or {"namm", "full"} <= set(c.methods.split(",")) <= set(METHODS),
-         f"--methods: namm and full, and any of namm_uncapped, ntk, {', '.join(namm.RULES)}; rules also "
+         f"stages: from 1 to --generations, and to the number of tasks to evolve on, {len(evolved)}"),
+        (c.head_dim % 2 == 0 and c.head_dim > 2, "head_dim must be even, and 4 or more"),
+        (c.n_head % c.n_kv_head == 0, "n_head must be a multiple of --n_kv_head"),
+        (c.length >= 64 and c.length % 4 == 0, "length must be a multiple of 4, and 64 or more"),
+        (c.batch_tokens >= c.length, "batch_tokens must be --length or more"),
+        (c.delay % namm.HOP == 0, f"delay must be a multiple of {namm.HOP}"),
+        (c.delay <= n, f"delay {c.delay}: the contexts to evolve on have {n} tokens, so nothing would "
+         "ever be evicted"),
+        (c.popsize >= 4, "popsize must be 4 or more"),
+        (not c.methods or {"namm", "full"} <= methods <= set(METHODS),
+         f"methods: namm and full, and any of namm_uncapped, ntk, {', '.join(namm.RULES)}; rules also "
          "with +pool or +lastlayer after the name"),
-        (0 <= c.recall < 1, "--recall must be 0 or more, and below 1"),
-        (0 <= c.seed < 2 ** 32, "--seed must be 0 or more, and below 2 ** 32"),
-        (c.capacity >= 0, "--capacity must be 0 or more"),
-        (not math.isnan(c.threshold), "--threshold must be a number"),
-        (c.vocab_size > 266, "--vocab_size must be above 266: 256 bytes, ten digits, and what is learned"),
+        (0 <= c.recall < 1, "recall must be 0 or more, and below 1"),
+        (0 <= c.seed < 2 ** 32, "seed must be 0 or more, and below 2 ** 32"),
+        (c.capacity >= 0, "capacity must be 0 or more"),
+        (not math.isnan(c.threshold), "threshold must be a number"),
+        (c.vocab_size > 266, "vocab_size must be above 266: 256 bytes, ten digits, and what is learned"),
     ]:
         if not holds:
-            raise ValueError(message)
+            raise ValueError("--" + message)
 
 
 # --- 6. A run and its folder ---------------------------------------------------------------------
@@ -762,8 +771,8 @@ def as_json(x):
 
 
 def save(path, content):
-    """Write text, or a dict of tensors and numbers, beside `path`, then move it there: after a crash
-    the file is whole, or as it was before. The first process does."""
+    """Write text, or a dict of tensors and numbers, beside `path`, then move it there: after a
+    crash the file is whole, or as it was before. The first process does."""
     if world()[0] > 0:
         return
     buffer, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
@@ -782,9 +791,9 @@ def save(path, content):
 
 
 def load(path, names, device="cpu"):
-    """What `save` wrote to `path`, a dict with these names; None if there is no such file. A file from
-    a stranger runs no code. Raises ValueError, with a line for the user, for one that is damaged,
-    foreign or older."""
+    """What `save` wrote to `path`, a dict with these names; None if there is no such file. A file
+    from a stranger runs no code. Raises ValueError, with a line for the user, for one that is
+    damaged, foreign or older."""
     if not path.exists():
         return None
     try:
@@ -833,8 +842,9 @@ def check_sizes(config, own, home):
 
 
 def prepare(config, shown=None):
-    """(encoding, parts, {"gpt", "namm", "progress", "text"}: what earlier runs left). Writes nothing, and
-    looks at all that can be refused, the quickest first: raises ValueError, with a line for the user.
+    """(encoding, parts, {"gpt", "namm", "progress", "text"}: what earlier runs left). Writes
+    nothing, and looks at all that can be refused, the quickest first: raises ValueError, with a
+    line for the user.
 
     GPT, tokeniser and words come from the folder itself, or that of --eval or --base. What decides
     what a score means is saved with a run, so another text changes no word that is asked."""
@@ -893,8 +903,8 @@ def notes(config, encoding, text):
 
 
 def open_log(out):
-    """The run's log.txt, locked as long as this process lives; None in other processes than the first.
-    Raises ValueError when another run is at work in the folder."""
+    """The run's log.txt, locked as long as this process lives; None in other processes than the
+    first. Raises ValueError when another run is at work in the folder."""
     if world()[0] > 0:
         return None
     file = open(out / "log.txt", "a", encoding="utf-8")
@@ -915,8 +925,8 @@ def restored(checkpoint, device):
 
 
 def base_model(out, part, n_vocab, found, config, log):
-    """The GPT that was found, or a new one, trained on the part; saved in the folder of the run, which
-    so means what it says when its base is gone."""
+    """The GPT that was found, or a new one, trained on the part; saved in the folder of the run,
+    which so means what it says when its base is gone."""
     if found["gpt"]:
         log("GPT: that of an earlier run")
         if not (out / "gpt.pt").exists():

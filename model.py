@@ -8,8 +8,9 @@ Read in this order:
   5. losses, train   Muon and AdamW, on prompts that somebody else draws
   6. read, generate  a prompt in blocks; after each a manager says which slots stay; then answers
 
-Letters: B rows, H query heads, K key/value heads, g = H / K query heads for each, T new tokens, S slots
-now in a layer's cache (survivors and the T new ones), D width of a head, C width of the model, V vocabulary.
+Letters: B rows, H query heads, K key/value heads, g = H / K query heads for each, T new tokens, S
+slots now in a layer's cache (survivors and the T new ones), D width of a head, C width of the model,
+V vocabulary.
 """
 
 import copy
@@ -27,7 +28,8 @@ from tqdm import tqdm
 
 @dataclass
 class GPTConfig:
-    """The sizes of a GPT; the defaults are those of the CPU preset. A real Llama 3 has smear off."""
+    """The sizes of a GPT; the defaults are those of the CPU preset. A real Llama 3 has smear
+    off."""
     vocab_size: int = 2048
     n_layer: int = 3
     n_head: int = 4
@@ -50,8 +52,8 @@ class KVCache:
     keys (B,K,S,D), before rotation    values (B,K,S,D)    positions (B,K,S), in the text
     alive (B,K,S) bool: heads and rows may keep different numbers of slots. Dead padding on the left
         fills up, and no query sees it
-    state {name: (B,K,S,...)}: what a manager remembers of each slot; it travels with the slot, and is
-        zero for a new one
+    state {name: (B,K,S,...)}: what a manager remembers of each slot; it travels with the slot, and
+        is zero for a new one
     renumber: keys are rotated to their place in the cache (the survivors close ranks), instead of
         their place in the text
     """
@@ -79,7 +81,8 @@ class KVCache:
         self.seen += T
 
     def with_last(self, x, n):
-        """x (B,T,C) after the n inputs before it (zeros at the start); remembers the last n: (B,n+T,C)."""
+        """x (B,T,C) after the n inputs before it (zeros at the start); remembers the last n:
+        (B,n+T,C)."""
         x = F.pad(x, (0, 0, n, 0)) if self.last is None else torch.cat([self.last, x], dim=1)
         self.last = x[:, -n:].clone()  # not a view, which would keep all of x
         return x
@@ -95,7 +98,7 @@ class KVCache:
             return
         S = max(1, most)
         number = torch.arange(1, slots + 1, device=keep.device)
-        order = (keep * number).sort(-1).values[..., -S:] - 1  # (B,K,S) survivors, in order, on the right
+        order = (keep * number).sort(-1).values[..., -S:] - 1  # (B,K,S) survivors, on the right
         index = order.clamp(min=0)
 
         def take(x):
@@ -119,8 +122,8 @@ class KVCache:
 
 
 def kept(cache):
-    """Share of the tokens read that is alive in a cache (a list, a KVCache for each layer): mean over
-    layers and heads, (B,)."""
+    """Share of the tokens read that is alive in a cache (a list, a KVCache for each layer): mean
+    over layers and heads, (B,)."""
     alive = sum(layer.alive.sum((1, 2)) for layer in cache)  # (B,)
     return alive.double() / (len(cache) * cache[0].alive.shape[1] * max(1, cache[0].seen))
 
@@ -140,8 +143,8 @@ def attend(q, k, v, alive=None, weights=False):
         future = torch.full((T, T), -math.inf, device=q.device).triu(1)
         scores.view(B, K, g, T, S)[..., S - T:] += future
         if alive is not None:
-            dead = torch.zeros(B, K, 1, S, device=q.device).masked_fill(~alive[:, :, None], -math.inf)
-            scores += dead
+            dead = torch.zeros(B, K, 1, S, device=q.device)
+            scores += dead.masked_fill(~alive[:, :, None], -math.inf)
         scores = scores.softmax(-1)
         out = (scores.to(v.dtype) @ v).view(B, K, g, T, D)
         return out, scores.view(B, K, g, T, S).mean(2)
@@ -182,8 +185,8 @@ class Attention(nn.Module):
             self.q_taps = nn.Parameter(torch.eye(4)[apart].repeat(K, 1))  # (H,4)
 
     def forward(self, x, table, cache, want=None):
-        """x (B,T,C), table: the turns of all positions. Appends to the cache. Returns what the layer
-        adds, (B,T,C), and what `GPT.hidden` says of `want`."""
+        """x (B,T,C), table: the turns of all positions. Appends to the cache. Returns what the
+        layer adds, (B,T,C), and what `GPT.hidden` says of `want`."""
         B, T, _ = x.shape
         K, g, D = self.sizes
         v = self.wv(x).view(B, T, K, D).transpose(1, 2)  # (B,K,T,D)
@@ -280,9 +283,9 @@ class GPT(nn.Module):
         return torch.complex(angles.cos(), angles.sin())
 
     def hidden(self, tokens, cache=None, want=None):
-        """tokens (B,T) -> (B,T,C), which the output layer reads; with a cache they follow those that it
-        has seen. And a list, of each layer: None, or what is wanted of it: "attention", what each slot
-        received, (B,K,T,S); "heads", what its heads read of the cache, (B,T,H D)."""
+        """tokens (B,T) -> (B,T,C), which the output layer reads; with a cache they follow those
+        that it has seen. And a list, of each layer: None, or what is wanted of it: "attention",
+        what each slot received, (B,K,T,S); "heads", what its heads read of the cache, (B,T,H D)."""
         cache, noted = cache or self.new_cache(len(tokens), renumber=True), []
         x, table = self.tok_embeddings(tokens), self.rotary_table(tokens.shape[1] + cache[0].seen)
         for layer, own in zip(self.layers, cache):
@@ -312,9 +315,10 @@ def summed(x):
 
 
 def read_with_holes(gpt, tokens, draw):
-    """Read contexts (N,n) in two halves. After either each prompt forgets a random share of its slots,
-    mostly a large one, in all layers but the last, where facts are found: so the GPT has met caches
-    with holes. -> hidden states (N,n,C), head outputs [(N,n,H D)] of each layer, and the cache."""
+    """Read contexts (N,n) in two halves. After either each prompt forgets a random share of its
+    slots, mostly a large one, in all layers but the last, where facts are found: so the GPT has met
+    caches with holes. -> hidden states (N,n,C), head outputs [(N,n,H D)] of each layer, and the
+    cache."""
     n, K = tokens.shape[1], gpt.config.n_kv_head
     cache, hidden, heads = gpt.new_cache(len(tokens), renumber=True), [], []
     for half in tokens.split((n + 1) // 2, dim=1):
@@ -330,9 +334,10 @@ def read_with_holes(gpt, tokens, draw):
 
 
 def recall_loss(gpt, heads, recall, who):
-    """Cross-entropy of words to recall, (places,). recall (N,n): a word, -1 elsewhere. At each place one
-    KV head, who (N,n), counted from the middle layer on, must name the word by what it alone reads from
-    the cache: heads [(N,n,H D)] of each layer. The GPT itself only predicts text."""
+    """Cross-entropy of words to recall, (places,). recall (N,n): a word, -1 elsewhere. At each
+    place one KV head, who (N,n), counted from the middle layer on, must name the word by what it
+    alone reads from the cache: heads [(N,n,H D)] of each layer. The GPT itself only predicts
+    text."""
     c, at = gpt.config, recall >= 0
     width = c.n_head // c.n_kv_head * c.head_dim  # columns of wo that a KV head writes by
     named, number = 0.0, 0
@@ -363,8 +368,8 @@ def losses(gpt, batch, recall, draw):
     who = (draw(n) * asked).long().masked_fill(recall < 0, -1)  # (N,n)
     recalled = recall_loss(gpt, heads, recall, who)
     answer, target = batch.answer[:, 1:] > 0, batch.tokens[:, 1:]  # (N,L-1) each
-    # the vocabulary is the dearest part of so small a GPT: a quarter of the text is enough; of the line
-    # ends after the last answer nothing
+    # the vocabulary is the dearest part of so small a GPT: a quarter of the text is enough; of the
+    # line ends after the last answer nothing
     before_end = answer.flip(1).cumsum(1).flip(1) > 0
     text = ~answer & before_end & (draw(answer.shape[1]) < 0.25)  # (N,L-1)
     right = gpt.output(hidden[answer])  # (M,V)
@@ -375,12 +380,13 @@ def losses(gpt, batch, recall, draw):
 
 
 def gradient(gpt, batch, recall, seed, rows, precision):
-    """Add the gradient of some rows (n,) of a batch, with noise that does not depend on which; their
-    losses, (4,n)."""
+    """Add the gradient of some rows (n,) of a batch, with noise that does not depend on which;
+    their losses, (4,n)."""
     own, generator = batch.each(lambda x: x[rows]), torch.Generator(rows.device).manual_seed(seed)
 
     def draw(*shape):
-        """Uniform random numbers (n,*shape): those of all rows are drawn, so that each keeps its own."""
+        """Uniform random numbers (n,*shape): those of all rows are drawn, so that each keeps its
+        own."""
         return torch.rand(len(recall), *shape, generator=generator, device=rows.device)[rows]
 
     with precision:
@@ -390,8 +396,9 @@ def gradient(gpt, batch, recall, seed, rows, precision):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix is made orthogonal before it is a step (Jordan 2024). As torch.optim.Muon,
-    which computes in bfloat16 on any device: slow on a CPU without such instructions."""
+    """Momentum whose matrix is made orthogonal before it is a step (Jordan 2024). As
+    torch.optim.Muon, which computes in bfloat16 on any device: slow on a CPU without such
+    instructions."""
 
     def __init__(self, matrices, lr=0.0, momentum=0.95):
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
@@ -417,12 +424,13 @@ def train(gpt, batches, steps, lr, precision, at_once, state=None, keep=None):
     """Train the matrices of the layers by Muon, all else by AdamW: a short warm-up, then a straight
     decay to 5 %.
 
-    `batches` gives for each step to come its prompts, a Batch of tokens (N,L) and answer (N,L); words
-    to recall (N,L-1); and a seed: the same in all processes, each of which takes its rows, at most
-    `at_once` tokens at a time. precision: a context to compute the loss in. keep(state) is called every
-    100 steps; from there, and the batches from its `step` on, training goes on to the same bits.
-    Raises FloatingPointError when the loss is no number any more."""
-    matrices = [p for name, p in gpt.layers.named_parameters() if p.dim() == 2 and "taps" not in name]
+    `batches` gives for each step to come its prompts, a Batch of tokens (N,L) and answer (N,L);
+    words to recall (N,L-1); and a seed: the same in all processes, each of which takes its rows, at
+    most `at_once` tokens at a time. precision: a context to compute the loss in. keep(state) is
+    called every 100 steps; from there, and the batches from its `step` on, training goes on to the
+    same bits. Raises FloatingPointError when the loss is no number any more."""
+    named = gpt.layers.named_parameters()
+    matrices = [p for name, p in named if p.dim() == 2 and "taps" not in name]
     others = [p for p in gpt.parameters() if not any(p is matrix for matrix in matrices)]
     muon = Muon(matrices)
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
@@ -464,11 +472,12 @@ def train(gpt, batches, steps, lr, precision, at_once, state=None, keep=None):
 @torch.no_grad()
 def read(gpt, tokens, cache, delay, manage=None, begun=None, observe=None):
     """Read tokens (B,T) into the cache, in blocks that end where the tokens seen are a multiple of
-    `delay`. After each whole block manage(cache, attention) -> (scores, keep), [(B,K,S)] of each layer,
-    says which slots stay; attention [(B,K,T,S)] is what all the block's tokens paid, in however many
-    calls they came. `begun`: that of a block which an earlier call has begun. observe(cache, scores,
-    keep) may look on. Returns the last block's hidden states, and the attention of a block begun."""
-    ends = range(delay - cache[0].seen % delay, tokens.shape[1], delay)  # of blocks, without the last
+    `delay`. After each whole block manage(cache, attention) -> (scores, keep), [(B,K,S)] of each
+    layer, says which slots stay; attention [(B,K,T,S)] is what all the block's tokens paid, in
+    however many calls they came. `begun`: that of a block which an earlier call has begun.
+    observe(cache, scores, keep) may look on. Returns the last block's hidden states, and the
+    attention of a block begun."""
+    ends = range(delay - cache[0].seen % delay, tokens.shape[1], delay)  # without the last block's
     for block in tokens.tensor_split(list(ends), dim=1):
         hidden, attention = gpt.hidden(block, cache, "attention" if manage else None)
         if begun and manage:  # until the block ends the cache only grows
@@ -489,8 +498,9 @@ def read(gpt, tokens, cache, delay, manage=None, begun=None, observe=None):
 
 @torch.no_grad()
 def generate(gpt, tokens, count, delay, manage=None, renumber=False):
-    """Greedy continuation of tokens (B,T) by `count` tokens, (B,count). The cache is managed while the
-    prompt is read and while the answer is written, whenever the tokens seen are a multiple of `delay`."""
+    """Greedy continuation of tokens (B,T) by `count` tokens, (B,count). The cache is managed while
+    the prompt is read and while the answer is written, whenever the tokens seen are a multiple of
+    `delay`."""
     cache, begun, written = gpt.new_cache(len(tokens), renumber), None, []
     for _ in range(count):
         hidden, begun = read(gpt, tokens, cache, delay, manage, begun)

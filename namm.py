@@ -29,23 +29,24 @@ MEMORY = 0.99 ** 512  # what a block leaves of all before it in the moving avera
 N_AGE = 8  # features of a token's age
 N_IN = N_AGE + F  # 25 features a token
 WIDTH = 32  # of the backward attention
-SHAPES = {"Wqkv": (N_IN, 3 * WIDTH), "bqkv": (3 * WIDTH,), "Wo": (WIDTH, 2 * N_IN), "bo": (2 * N_IN,),
-          "w": (N_IN, 1), "b": (1,)}  # the flat vector, in this order
+SHAPES = {"Wqkv": (N_IN, 3 * WIDTH), "bqkv": (3 * WIDTH,), "Wo": (WIDTH, 2 * N_IN),
+          "bo": (2 * N_IN,), "w": (N_IN, 1), "b": (1,)}  # the flat vector, in this order
 N_PARAMS = sum(torch.Size(shape).numel() for shape in SHAPES.values())  # 4172
 
 
 def namm(params, mean, std, threshold=0.0, capacity=0, shared=False, opened=True, squash=True):
     """A manager of a cache: manage(cache, attention) -> (scores, keep), [(B,K,S)] of each layer.
 
-    params (P,4172), mean and std (F,): statistics of the spectra, frozen (see `statistics`). A manager
-    is called after each block, with the cache of all layers and the attention (B,K,T,S) that the
-    block's T queries paid in each. What scores `threshold` or more stays; with a `capacity`, at most
-    so many a head; if `shared`, so many in the mean over all heads of all layers. Three departures
-    from the paper can be undone: capacity, `opened` (see `spectra`) and `squash` (see `features`)."""
+    params (P,4172), mean and std (F,): statistics of the spectra, frozen (see `statistics`). A
+    manager is called after each block, with the cache of all layers and the attention (B,K,T,S)
+    that the block's T queries paid in each. What scores `threshold` or more stays; with a
+    `capacity`, at most so many a head; if `shared`, so many in the mean over all heads of all
+    layers. Three departures from the paper can be undone: capacity, `opened` (see `spectra`) and
+    `squash` (see `features`)."""
     def manage(cache, attention):
         """Judge all slots after a block."""
         scores = []
-        with torch.autocast(mean.device.type, enabled=False):  # float32, whatever the GPT computes in
+        with torch.autocast(mean.device.type, enabled=False):  # float32, whatever the GPT has
             for layer, received in zip(cache, attention):
                 spectrum = spectra(layer, received, opened)  # (B,K,S,F)
                 age = layer.seen - 1 - layer.positions  # (B,K,S)
@@ -60,15 +61,15 @@ def namm(params, mean, std, threshold=0.0, capacity=0, shared=False, opened=True
 
 @lru_cache
 def fourier(device):
-    """The Fourier matrix under a periodic Hann window: F cosines above 15 sines (of 17 the first and
-    the last are zero), (32,32)."""
+    """The Fourier matrix under a periodic Hann window: F cosines above 15 sines (of 17 the first
+    and the last are zero), (32,32)."""
     turn = torch.outer(torch.arange(F), torch.arange(N_FFT)) * (2 * torch.pi / N_FFT)  # (F,32)
     return (torch.cat([turn.cos(), turn[1:-1].sin()]) * torch.hann_window(N_FFT)).to(device)
 
 
 def magnitudes(windows):
-    """Fourier magnitudes of windows (...,n,S) of n <= 32 samples: (...,F,S). Fewer than 32: the last
-    ones are zero."""
+    """Fourier magnitudes of windows (...,n,S) of n <= 32 samples: (...,F,S). Fewer than 32: the
+    last ones are zero."""
     waves = fourier(windows.device)[:, :windows.shape[-2]] @ windows  # (...,32,S)
     cosines, sines = waves.square_().split([F, F - 2], dim=-2)
     cosines[..., 1:-1, :] += sines
@@ -76,12 +77,13 @@ def magnitudes(windows):
 
 
 def spectrogram(samples):
-    """Short-time Fourier magnitudes of the attention that each slot received: torch.stft, not centred.
+    """Short-time Fourier magnitudes of the attention that each slot received: torch.stft, not
+    centred.
 
-    samples (B,K,HOP+T,S): what each slot received from T queries, T a multiple of HOP, and before them
-    from the last HOP queries of the block before, zero for a new slot. Returns (B,K,S,frames,F),
-    frames = T / HOP. A frame's window is the HOP samples before it and the HOP in it: so where a text
-    is cut into blocks changes no frame."""
+    samples (B,K,HOP+T,S): what each slot received from T queries, T a multiple of HOP, and before
+    them from the last HOP queries of the block before, zero for a new slot. Returns
+    (B,K,S,frames,F), frames = T / HOP. A frame's window is the HOP samples before it and the HOP in
+    it: so where a text is cut into blocks changes no frame."""
     windows = samples.unfold(2, N_FFT, HOP).mT  # (B,K,frames,32,S)
     return magnitudes(windows).permute(0, 1, 4, 2, 3)
 
@@ -91,19 +93,21 @@ def spectrogram(samples):
 def moving_average(frames, old, gamma):
     """E = gamma^n * old + the sum over the n frames t of (1 - gamma) * gamma^(n - 1 - t) * frame t.
 
-    frames (B,K,S,n,F), old (B,K,S,F), zero for a new slot -> (B,K,S,F). The start is not corrected."""
+    frames (B,K,S,n,F), old (B,K,S,F), zero for a new slot -> (B,K,S,F). The start is not
+    corrected."""
     for frame in frames.unbind(3):  # (B,K,S,F)
         old = frame.lerp(old, gamma)  # gamma * old + (1 - gamma) * frame
     return old
 
 
 def spectra(layer, attention, opened=True):
-    """The spectrum of each slot of one layer, (B,K,S,F), after a block with attention (B,K,T,S): the
-    block's frames, averaged with what the layer's cache remembers in its `state`.
+    """The spectrum of each slot of one layer, (B,K,S,F), after a block with attention (B,K,T,S):
+    the block's frames, averaged with what the layer's cache remembers in its `state`.
 
-    Not in the paper: a Hann window falls to zero, so complete frames hardly count the newest queries,
-    which know best what will be asked for. If `opened`, they count in the frame that they have opened
-    as well, which is half of what a block of 32 shows: it is judged by, not remembered."""
+    Not in the paper: a Hann window falls to zero, so complete frames hardly count the newest
+    queries, which know best what will be asked for. If `opened`, they count in the frame that they
+    have opened as well, which is half of what a block of 32 shows: it is judged by, not
+    remembered."""
     B, K, T, S = attention.shape
     attention, gamma = attention.float(), MEMORY ** (HOP / T)
     if "spectrum" not in layer.state:
@@ -133,9 +137,9 @@ def asinh(x):
 
 
 def features(average, age, mean, std, squash=True):
-    """[sin and cos of the age at four speeds, normalised spectrum]: average (B,K,S,F), age (B,K,S) in
-    tokens of the text (newest token 0), mean and std (F,) -> (B,K,S,25). `squash`, not in the paper:
-    asinh tames outliers, since a lone fact draws more attention than evolution ever saw."""
+    """[sin and cos of the age at four speeds, normalised spectrum]: average (B,K,S,F), age (B,K,S)
+    in tokens of the text (newest token 0), mean and std (F,) -> (B,K,S,25). `squash`, not in the
+    paper: asinh tames outliers, since a lone fact draws more attention than evolution ever saw."""
     speed = 50_000.0 ** (-torch.arange(N_AGE // 2, device=age.device) / (N_AGE // 2))
     angle = age[..., None] * speed  # (B,K,S,4)
     z = (average - mean) / std.clamp(min=1e-7)  # (B,K,S,F)
@@ -143,20 +147,22 @@ def features(average, age, mean, std, squash=True):
 
 
 def statistics(totals, opened=True):
-    """A manager that keeps everything and adds up count, sum and sum of squares of the spectra, over
-    rows, heads, slots, layers and blocks, in `totals` (3,F) float64. See `mean_std`."""
+    """A manager that keeps everything and adds up count, sum and sum of squares of the spectra,
+    over rows, heads, slots, layers and blocks, in `totals` (3,F) float64. See `mean_std`."""
     def manage(cache, attention):
         """Add each layer's spectra to the totals."""
         with torch.autocast(totals.device.type, enabled=False):
             for layer, received in zip(cache, attention):
                 x = spectra(layer, received, opened).double().flatten(0, 2)  # (B K S, F)
-                totals.add_(torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]))
+                count = torch.full_like(x[0], len(x))
+                totals.add_(torch.stack([count, x.sum(0), x.square().sum(0)]))
         return None, [layer.alive for layer in cache]
     return manage
 
 
 def mean_std(totals):
-    """Mean and (biased) standard deviation of each bin from the totals of `statistics`, (F,) each."""
+    """Mean and (biased) standard deviation of each bin from the totals of `statistics`, (F,)
+    each."""
     mean, square = totals[1:] / totals[0]
     return mean.float(), (square - mean.square()).clamp(min=0).sqrt().float()
 
@@ -173,10 +179,10 @@ def bam_scores(features, params):
     """Scores: below zero, the token goes.
 
     features (B,K,S,25), params (P,4172), B = P x prompts, candidate-major; slots oldest first, dead
-    ones on the left -> (B,K,S). One head of attention, in which a token sees itself and newer tokens
-    only: is it redundant, given what came after? With the slots flipped, newest first, that is the
-    ordinary causal mask, and dead slots, now last, are seen by no live one. Its output is a residual
-    r and a multiplier m for the features: h = x (1 + m) + r, score = h w + b."""
+    ones on the left -> (B,K,S). One head of attention, in which a token sees itself and newer
+    tokens only: is it redundant, given what came after? With the slots flipped, newest first, that
+    is the ordinary causal mask, and dead slots, now last, are seen by no live one. Its output is a
+    residual r and a multiplier m for the features: h = x (1 + m) + r, score = h w + b."""
     B, K, S, _ = features.shape
     p = unpack(params)
     x = features.flip(2).reshape(len(params), -1, N_IN)  # (P, prompts K S, 25), newest first
@@ -212,16 +218,17 @@ def keep_mask(scores, threshold=0.0):
 
 
 def keep_best(scores, budget):
-    """The newest slot and the best others, `budget` in all, or all when there are fewer; among equals
-    the newer one: (B,K,S) -> (B,K,S) bool."""
+    """The newest slot and the best others, `budget` in all, or all when there are fewer; among
+    equals the newer one: (B,K,S) -> (B,K,S) bool."""
     order = newest(scores, 1).argsort(dim=-1, stable=True)
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., -budget:], True)
 
 
 def keep_best_of_all(scores, budget):
     """One pool for all heads of all layers: scores [(B,K,S)] of each layer -> [(B,K,S)] bool. The
-    newest slot of each head stays, and the best others of a row, in whatever layer and head, `budget`
-    in all; among equals those of upper layers, then newer ones: equal heads keep the same."""
+    newest slot of each head stays, and the best others of a row, in whatever layer and head,
+    `budget` in all; among equals those of upper layers, then newer ones: equal heads keep the
+    same."""
     pool = torch.cat([newest(own, 1).mT.flatten(1) for own in scores], dim=1)  # (B, slots of a row)
     best = keep_best(pool, budget).split([own[0].numel() for own in scores], dim=1)
     return [piece.view(own.mT.shape).mT for piece, own in zip(best, scores)]
@@ -229,8 +236,8 @@ def keep_best_of_all(scores, budget):
 
 def stays(cache, scores, threshold, budgets=None, shared=False):
     """Who stays in each layer, [(B,K,S)] bool, by its scores [(B,K,S)]: what scores `threshold` or
-    more and is among the best: in each head of a layer as many as its entry of `budgets` says, or, if
-    `shared`, as many in the mean over all heads of all layers."""
+    more and is among the best: in each head of a layer as many as its entry of `budgets` says, or,
+    if `shared`, as many in the mean over all heads of all layers."""
     keep = [keep_mask(own, threshold) for own in scores]
     if budgets:
         scores = [own.masked_fill(~layer.alive, -torch.inf) for own, layer in zip(scores, cache)]
@@ -242,7 +249,7 @@ def stays(cache, scores, threshold, budgets=None, shared=False):
     return keep
 
 
-# --- 6. Rules: f(a layer's cache, attention (B,K,T,S), budget) -> scores (B,K,S), the higher stay --
+# --- 6. Rules: f(a layer's cache, attention (B,K,T,S), budget) -> scores (B,K,S), the higher stay -
 
 def recent(layer, attention, budget):
     """The newest slots."""
@@ -268,8 +275,9 @@ def tova(layer, attention, budget):
 
 
 def snapkv(layer, attention, budget):
-    """SnapKV (Li et al. 2024): a window of the newest slots, and what its queries attend to, smoothed
-    over five neighbours. The window is 32 queries, at most half a block and half the budget."""
+    """SnapKV (Li et al. 2024): a window of the newest slots, and what its queries attend to,
+    smoothed over five neighbours. The window is 32 queries, at most half a block and half the
+    budget."""
     window = max(1, min(32, attention.shape[2] // 2, budget // 2))
     votes = attention[:, :, -window:].float().mean(2)  # (B,K,S)
     total = avg_pool1d(votes, 5, stride=1, padding=2)
@@ -287,9 +295,9 @@ RULES = {f.__name__: f for f in (recent, streaming, h2o, tova, snapkv, recent_at
 
 
 def by_rule(rule, budget, pool=False, last=False):
-    """A manager, as `namm` is one, that keeps `budget` slots in each head, the best by a rule of RULES.
-    `pool`: so many in the mean over all heads of all layers. `last`: the same number, but the last
-    layer takes all it can fill, then the one below, and each other head keeps one."""
+    """A manager, as `namm` is one, that keeps `budget` slots in each head, the best by a rule of
+    RULES. `pool`: so many in the mean over all heads of all layers. `last`: the same number, but
+    the last layer takes all it can fill, then the one below, and each other head keeps one."""
     def manage(cache, attention):
         """Keep the best by the rule."""
         n = len(cache)
