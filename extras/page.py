@@ -319,7 +319,7 @@ def spans(example):
 
 def for_script(example):
     """JSON of what the script shows of a token in each head: whether it stays, its score, and the
-    root of its spectrum in percent of the head's highest."""
+    root of its spectrum in percent of the head's highest. No text: none can end the script."""
     bars = []
     for spectra in example["spectrum"]:                                    # of a head, [n][F]
         top = max(max(spectrum) for spectrum in spectra) or 1
@@ -327,7 +327,7 @@ def for_script(example):
     shown = {"heads": example["heads"], "bars": bars,
              "lives": [[int(stays) for stays in lives] for lives in example["lives"]],
              "score": [[finite(score) for score in head] for head in example["score"]]}
-    return json.dumps(shown).replace("<", "\\u003c")                       # no text ends the script
+    return json.dumps(shown)
 
 
 # --- 5. The page -------------------------------------------------------------------------------
