@@ -44,7 +44,7 @@ METHODS = {
     "level": ("Full cache", BLUE, "", "6 4"),
     "candidates": ("Candidates, mean", GREY, "", ""),
     "best": ("Best candidate", GREEN, "", ""),
-    "mean": ("Average vector, on prompts kept apart", ORANGE, "", "")}
+    "mean": ("Average vector, on prompts kept apart", ORANGE, ROUND, "")}
 NOT_RULES = ("full", "ntk", "namm", "namm_uncapped", "random_vectors")
 SUFFIXES = {"": "", "pool": ", shared slots", "lastlayer": ", last layer first"}
 
@@ -274,7 +274,8 @@ def picture_needle(rows):
 def picture_evolution(evolution):
     """Fitness, share of the cache kept and step size, by generation: three panels."""
     history, panels = evolution["history"], []
-    full, xs = evolution["fitness of the full cache"], ticks(history[-1]["generation"])
+    full, last = evolution["fitness of the full cache"], history[-1]["generation"]
+    xs = [tick for tick in ticks(last) if tick == int(tick)]               # whole generations
     shown = {"fitness by generation": {"candidates": "candidates", "best": "best", "mean": "mean"},
              "cache kept": {"candidates": "cache"}, "step size": {"candidates": "sigma"}}
     for title, names in shown.items():

@@ -209,7 +209,7 @@ def test_points_stand_where_they_belong():
 
 
 def test_needles_by_hand():
-    """The mean of the seeds that had a needle at a depth. Catches: None counted as 0, or 0 left out,
+    """The mean of the seeds that had a needle at a depth. Catches: None counted as 0, 0 left out,
     depth and length swapped, another rule than in the first picture."""
     rows = made(0)["report"] + made(1, more=0.2)["report"]
     tova = next(row for row in rows[::-1] if row["method"] == "tova")      # at 256, of the second
