@@ -1,9 +1,9 @@
 """python evolve.py: train a small GPT, evolve the network that manages its cache, and report.
 
-  1. CMAES     the evolution strategy: Hansen's tutorial (arXiv 1604.00772), with its equation numbers
+  1. CMAES     the evolution strategy: Hansen's tutorial (arXiv 1604.00772), equation by equation
   2. evaluate  prompts through the cache, the questions afterwards, and the scores
   3. evolve    the loop: candidates, prompts, fitness, validation
-  4. report    every method on every task and length; one example for people
+  4. report    every method on every task and length; the curve; one example for people
   5. Config    every setting, with its help; presets; the command line
   6. main      what a run keeps in its folder, and what happens when
 """
@@ -72,7 +72,7 @@ class CMAES:
                        (1 - self.c_1 - self.c_mu) / (n * self.c_mu))                        # (52)
         self.weights = torch.where(w >= 0, w / w[w > 0].sum(),
                                    negative * w / -w[w < 0].sum())                          # (53)
-        self.chi_n = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n * n))                    # E|N(0, I)|
+        self.chi_n = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n * n))  # E|N(0, I)|
         # an eigendecomposition costs n^3 and C changes slowly: renew it only when C has moved
         self.lazy_gap = max(1, int(0.5 / (n * (self.c_1 + self.c_mu))))
         self.p_sigma, self.p_c = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
@@ -91,8 +91,8 @@ class CMAES:
         """Fitness of the candidates of the last ask(), higher is better; what is not finite is
         worst."""
         n, w = len(self.mean), self.weights
-        fitness = torch.as_tensor(fitness, dtype=torch.float64)
-        order = fitness.nan_to_num(nan=-math.inf, posinf=-math.inf).argsort(descending=True, stable=True)
+        fitness = torch.as_tensor(fitness, dtype=torch.float64).nan_to_num(-math.inf, -math.inf)
+        order = fitness.argsort(descending=True, stable=True)
         y, z = self.y[order], self.z[order]
         # the mean moves to the weighted best
         y_w, z_w = w[:self.mu] @ y[:self.mu], w[:self.mu] @ z[:self.mu]                     # (41)
@@ -105,20 +105,20 @@ class CMAES:
         self.sigma *= math.exp(self.c_sigma / self.d_sigma * (norm / self.chi_n - 1))       # (44)
         # covariance: one rank from the path of the mean, the others from this generation
         expected = math.sqrt(1 - (1 - self.c_sigma) ** (2 * (self.generation + 1)))
-        h_sigma = float(norm / expected < (1.4 + 2 / (n + 1)) * self.chi_n)  # 0 while the path is long
+        h_sigma = float(norm / expected < (1.4 + 2 / (n + 1)) * self.chi_n)  # 0: the path is long
         self.p_c = ((1 - self.c_c) * self.p_c
                     + h_sigma * math.sqrt(self.c_c * (2 - self.c_c) * self.mu_eff) * y_w)   # (45)
         w = torch.where(w >= 0, w, w * n / z.square().sum(1))                               # (46)
         delta = (1 - h_sigma) * self.c_c * (2 - self.c_c)
         decay = 1 + self.c_1 * delta - self.c_1 - self.c_mu * self.weights.sum().item()
-        rows = torch.cat([self.p_c[None], y])                                               # (1+popsize,n)
+        rows = torch.cat([self.p_c[None], y])  # (1+popsize,n)
         gain = torch.cat([torch.tensor([self.c_1], dtype=torch.float64), self.c_mu * w])
         self.generation += 1
         if self.diagonal:
             self.C = decay * self.C + gain @ rows.square()                                  # (47)
             self.D = self.C.sqrt()
             return
-        self.C.addmm_((gain[:, None] * rows).T, rows, beta=decay)  # (47), in place: a third of the time
+        self.C.addmm_((gain[:, None] * rows).T, rows, beta=decay)                           # (47)
         if self.generation % self.lazy_gap == 0:
             self.C = (self.C + self.C.T) / 2
             variance, self.B = torch.linalg.eigh(self.C)
@@ -300,15 +300,16 @@ def calibrate_threshold(gpt, solution, part, config, log, validate):
     rest. So it is looked for afterwards: of the scores that a half to a tenth of the tokens of a
     full cache reach, the highest that costs no more than 0.01 of the fitness that the best of them
     gives."""
-    scores, values = [], {}
+    scores, values, delay = [], {}, config.delay
     everything = manager(solution, config, capacity=0, threshold=-math.inf)
     for task in config.evolve_on.split(","):
-        rng, shortest = np.random.default_rng([config.seed, 11]), config.length * min(config.evolve_at)
+        rng = np.random.default_rng([config.seed, 11])
+        shortest = config.length * min(config.evolve_at)
         batch = prompts(part, task, config.choose_prompts, rng, shortest, config.device)
-        whole = batch.tokens[:, :batch.context // config.delay * config.delay]
+        whole = batch.tokens[:, :batch.context // delay * delay]
         cache, seen = gpt.new_cache(len(whole), config.positions == "renumbered"), []
         with precision(config.device):
-            read(gpt, whole, cache, config.delay, everything, observe=lambda *own: seen.append(own[1]))
+            read(gpt, whole, cache, delay, everything, observe=lambda *own: seen.append(own[1]))
         scores += [own.flatten() for own in seen[-1]]
     scores, free = torch.cat(scores).cpu(), dataclasses.replace(config, capacity=0)
     for share in (0.5, 0.4, 0.3, 0.2, 0.1):
@@ -356,14 +357,15 @@ def evolve(gpt, parts, config, log, state, keep):
     state = state or dict(next=0, es=es.state_dict(), average=es.mean, chosen=es.mean, seconds=0.0,
                           highest=-math.inf, history=[])
     es.load_state_dict(state["es"])
-    start, last = time.time() - state["seconds"], config.generations
-    for g in tqdm(range(state["next"], last + 1), "evolve", last + 1, initial=state["next"], mininterval=1,
+    start, last, first = time.time() - state["seconds"], config.generations, state["next"]
+    for g in tqdm(range(first, last + 1), "evolve", last + 1, initial=first, mininterval=1,
                   dynamic_ncols=True, disable=True if world()[0] else None):
         point = {"generation": g, "sigma": es.sigma}
         if g:
             rng = np.random.default_rng([config.seed, 2, g])
+            lengths = lambda rng: [rng.choice(config.evolve_at)]
             got, kept = fitness(gpt, solution(es.ask()), best, parts["evolve"], tasks_at(g, config),
-                                lambda rng: [rng.choice(config.evolve_at)], config.prompts, rng, config)
+                                lengths, config.prompts, rng, config)
             es.tell(got)
             state["average"] = state["average"] + (es.mean - state["average"]) / min(g, 10)
             point |= {"candidates": got.mean().item(), "best": got.max().item(), "cache": kept}
@@ -375,15 +377,17 @@ def evolve(gpt, parts, config, log, state, keep):
                 state |= {"highest": value.item(), "chosen": chosen}
         state["history"].append(point)
         seconds = time.time() - start
-        numbers = "".join(f" | {name} {x:.3f}" for name, x in point.items() if name != "generation")
-        log(f"{g:4d}/{last}{numbers} | {seconds:.0f} s, {seconds / (g + 1) * (last - g):.0f} s left")
+        left = seconds / (g + 1) * (last - g)
+        numbers = [f" | {name} {x:.3f}" for name, x in point.items() if name != "generation"]
+        log(f"{g:4d}/{last}{''.join(numbers)} | {seconds:.0f} s, {left:.0f} s left")
         if es.diagonal or "mean" in point:  # a full covariance is 139 MB
             keep(state | {"next": g + 1, "es": es.state_dict(), "seconds": seconds})
-    passed = [point["generation"] for point in state["history"] if point.get("mean", -math.inf) > full]
-    cost = {"generations": last, "seconds": time.time() - start, "fitness of the full cache": full.item(),
+    passed = [point["generation"] for point in state["history"] if point.get("mean", 0.0) > full]
+    read_in_all = sum(len(tasks_at(g + 1, config)) for g in range(last))
+    cost = {"generations": last, "seconds": time.time() - start,
+            "fitness of the full cache": full.item(),
             "passed the full cache at generation": min(passed, default=None),
-            "candidate prompts read": config.popsize * config.prompts * sum(
-                len(tasks_at(g + 1, config)) for g in range(last))}
+            "candidate prompts read": config.popsize * config.prompts * read_in_all}
     log(f"evolution: {as_json(cost)}")
     made = solution(state["chosen"])
     if config.capacity:
@@ -439,7 +443,8 @@ def report(gpt, solution, part, config, rules=namm.RULES):
                dynamic_ncols=True, disable=None)
     for times in config.report_at:
         count = config.report_prompts if times <= 4 else config.far_prompts
-        batch = every_task(part, count, [config.seed, 4, times], times * config.length, config.device)
+        length = times * config.length
+        batch = every_task(part, count, [config.seed, 4, times], length, config.device)
         adds, slots = {}, None
         for method in methods:
             began, used = time.time(), gpt.scaled(times) if method == "ntk" else gpt
@@ -449,7 +454,7 @@ def report(gpt, solution, part, config, rules=namm.RULES):
                 slots = slots_of(got[3].mean().item(), batch.context, config)
             own = task_rows(method, got, batch, adds)
             for row in own:
-                row |= {"length": times * config.length, "seed": config.seed,
+                row |= {"length": length, "seed": config.seed,
                         "seconds": (time.time() - began) / len(own)}
             rows += own
             bar.update()
@@ -473,12 +478,34 @@ def task_rows(method, got, batch, adds):
         adds[method, task] = value * (1 + logprob - logprob.mean()) if task == "lm" else exact
         gap = adds["namm", task] - adds[method, task]
         error = (gap.var(correction=min(1, count - 1)) / count).sqrt().item()
-        rows.append({"method": method, "task": task, "score": value, "logprob": logprob.mean().item(),
-                     "cache": cache.mean().item(), "lead": gap.mean().item(), "lead_se": error})
+        rows.append({"method": method, "task": task, "score": value, "lead": gap.mean().item(),
+                     "lead_se": error, "logprob": logprob.mean().item(),
+                     "cache": cache.mean().item()})
         if task == "needle":
             depth = data.depth(batch.each(lambda x: x[own]))  # (count,) in 0..4
             rows[-1]["depths"] = [exact[depth == d].mean().item() if d in depth else None
                                   for d in range(5)]
+    return rows
+
+
+def curve(gpt, solution, part, config):
+    """Score against slots: [{method, length, capacity, slots, score, seed}], means over tasks, on
+    few prompts. One vector gives NAMM's whole curve; the rules keep as many slots."""
+    rows = []
+    for times in [times for times in config.report_at if times <= 4]:
+        length, count = times * config.length, min(4, config.report_prompts)
+        batch = every_task(part, count, [config.seed, 7, length], length, config.device)
+        for share in (1 / 4, 1 / 2, 1, 2):
+            capacity, slots = math.ceil(share * (config.capacity or config.delay)), None
+            cut = dataclasses.replace(config, capacity=capacity, threshold=-math.inf)
+            for method in ("namm", "tova+pool", "snapkv+pool"):
+                manage = managed(method, solution, slots, cut)
+                exact, _, logprob, cache = evaluate(gpt, batch, cut, manage)
+                slots = slots or slots_of(cache.mean().item(), batch.context, cut)
+                by_task = zip(data.TASKS, exact.split(count), logprob.split(count))
+                rows.append({"method": method, "length": length, "capacity": capacity,
+                             "slots": slots, "seed": config.seed,
+                             "score": float(np.mean([score(*own) for own in by_task]))})
     return rows
 
 
@@ -544,23 +571,24 @@ def show(shown):
         print(f"\n--- what is left in {name}: {np.mean(lives):.0%}\n" + re.sub("\0+", "~", left))
     print("\n--- the questions, and the answers from the full cache and from what NAMM left of it")
     for own in shown["asked"]:
-        print(f"{own['question']!r:30} {own['answer']!r:20} full {own['full']!r:20} NAMM {own['namm']!r}")
+        print(f"{own['question']!r:30} {own['answer']!r:20} full {own['full']!r:20} "
+              f"NAMM {own['namm']!r}")
 
 
 def table(rows):
     """The report as Markdown, a table for each length: a method's score on each task, the mean, its
     share of the cache, and how much NAMM is ahead, with a 95 % interval over prompts."""
-    lines = []
+    lines, head = [], ["method", *data.TASKS, "all", "cache", "NAMM ahead"]
     for n in sorted({row["length"] for row in rows}):
-        lines += [f"\n{n} tokens\n", f"| method | {' | '.join(data.TASKS)} | all | cache | NAMM ahead |",
-                  "|---" * (len(data.TASKS) + 4) + "|"]
+        lines += [f"\n{n} tokens\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for method in dict.fromkeys(row["method"] for row in rows if row["length"] == n):
             own = [row for row in rows if (row["method"], row["length"]) == (method, n)]
             mean = {key: np.mean([row[key] for row in own]) for key in ("score", "cache", "lead")}
             half = 1.96 * math.sqrt(sum(row["lead_se"] ** 2 for row in own)) / len(own)
             scores = " | ".join(f"{row['score']:.2f}" for row in own)
             ahead = "" if method == "namm" else f"{mean['lead']:+.3f} ± {half:.3f}"
-            lines.append(f"| {method} | {scores} | {mean['score']:.3f} | {mean['cache']:.2f} | {ahead} |")
+            lines.append(f"| {method} | {scores} | {mean['score']:.3f} | {mean['cache']:.2f} | "
+                         f"{ahead} |")
     return "\n".join(lines) + "\n"
 
 
@@ -622,9 +650,9 @@ class Config:
 
 PRESETS = {
     "cpu": {},
-    "smoke": dict(length=64, steps=20, batch_tokens=1024, n_embd=32, head_dim=8, n_hidden=64, delay=16,
-                  capacity=24, generations=3, popsize=4, prompts=1, validate=1, choose_prompts=1,
-                  report_prompts=2, far_prompts=1, report_at=(1, 4, 8)),
+    "smoke": dict(length=64, steps=20, batch_tokens=1024, n_embd=32, head_dim=8, n_hidden=64,
+                  delay=16, capacity=24, generations=3, popsize=4, prompts=1, validate=1,
+                  choose_prompts=1, report_prompts=2, far_prompts=1, report_at=(1, 4, 8)),
     "gpu": dict(vocab_size=8192, n_layer=4, n_head=8, n_kv_head=2, n_embd=768, head_dim=96,
                 n_hidden=2048, length=2048, steps=400, batch_tokens=65_536, lr=2e-3, delay=64,
                 capacity=128, generations=15, popsize=32, choose_prompts=16, report_prompts=32,
@@ -632,8 +660,9 @@ PRESETS = {
     "paper": dict(capacity=0, slots="own", positions="original", frames="closed", squash="none",
                   covariance="full", fitness="score", stages=3, pick="last"),
 }
-FREE = ("out", "device", "methods", "report_prompts", "far_prompts", "report_at", "rows")  # on resume
-SIZES = [f.name for f in dataclasses.fields(GPTConfig) if hasattr(Config, f.name)]  # a GPT fixes these
+# what may change when a run goes on, and what a GPT fixes
+FREE = ("out", "device", "methods", "report_prompts", "far_prompts", "report_at", "rows")
+SIZES = [f.name for f in dataclasses.fields(GPTConfig) if hasattr(Config, f.name)]
 
 
 def described():
@@ -678,8 +707,8 @@ def load_settings(folder):
         read = json.loads(path.read_text("utf-8"))
         own = {name: tuple(x) if isinstance(x, list) else x for name, x in read.items()}
     except (ValueError, AttributeError):
-        raise ValueError(f"{path}: damaged, or not a file of this program; delete the folder, or give "
-                         "another") from None
+        raise ValueError(f"{path}: damaged, or not a file of this program; delete the folder, or "
+                         "give another") from None
     if foreign := set(own) - {f.name for f in dataclasses.fields(Config)}:
         raise ValueError(f"{folder}: a run of another version, with settings unknown here "
                          f"({', '.join(sorted(foreign))})")
@@ -701,7 +730,7 @@ def parse(line=None):
                             help=comment.replace("%", "%%") + f" [{default}]")
     parser.add_argument("--resume", type=words, help="go on with the run in this folder")
     parser.add_argument("--show", type=words, help="print what a finished run keeps of a prompt")
-    parser.add_argument("--task", choices=data.TASKS, default="needle", help="of the prompt to show")
+    parser.add_argument("--task", choices=data.TASKS, default="kv", help="of the prompt to show")
     given = vars(parser.parse_args(joined(sys.argv[1:] if line is None else line)))
     for name in {"corpus", "base", "eval", "resume", "show"} & set(given):
         given[name] = str(pathlib.Path(given[name]).resolve())  # the same from any working folder
@@ -722,35 +751,37 @@ def parse(line=None):
 
 def check(c):
     """Raise ValueError, with a line for the user, for settings that cannot be."""
+    may_be_zero = ("seed", "recall", "capacity", "threshold")
     for f in dataclasses.fields(c):
-        value, may_be_zero = getattr(c, f.name), f.name in ("seed", "recall", "capacity", "threshold")
+        value = getattr(c, f.name)
         values = value if f.type is tuple else (value,)
-        if f.type is not str and not may_be_zero and not all(0 < x < math.inf for x in values):
-            raise ValueError(f"--{f.name} must be above 0")  # nor NaN
+        positive = f.type is str or all(0 < x < math.inf for x in values)  # not NaN either
+        if not positive and f.name not in may_be_zero:
+            raise ValueError(f"--{f.name} must be above 0")
     shortest, evolved = c.length * min(c.evolve_at), c.evolve_on.split(",")
     n, methods = shortest - data.question_tokens(shortest), set(c.methods.split(","))
     for holds, message in [
-        (c.device == "cpu" or torch.cuda.is_available(), "device cuda: PyTorch finds no CUDA device"),
+        (c.device == "cpu" or torch.cuda.is_available(), "device cuda: PyTorch finds no GPU"),
         (set(evolved) <= set(data.TASKS) and len(set(evolved)) == len(evolved),
          f"evolve_on: one or more of {', '.join(data.TASKS)}, each once"),
         (1 <= c.stages <= min(len(evolved), c.generations),
-         f"stages: from 1 to --generations, and to the number of tasks to evolve on, {len(evolved)}"),
+         f"stages: from 1 to --generations, and to the number of tasks evolved on, {len(evolved)}"),
         (c.head_dim % 2 == 0 and c.head_dim > 2, "head_dim must be even, and 4 or more"),
         (c.n_head % c.n_kv_head == 0, "n_head must be a multiple of --n_kv_head"),
         (c.length >= 64 and c.length % 4 == 0, "length must be a multiple of 4, and 64 or more"),
         (c.batch_tokens >= c.length, "batch_tokens must be --length or more"),
         (c.delay % namm.HOP == 0, f"delay must be a multiple of {namm.HOP}"),
-        (c.delay <= n, f"delay {c.delay}: the contexts to evolve on have {n} tokens, so nothing would "
-         "ever be evicted"),
+        (c.delay <= n, f"delay {c.delay}: the contexts to evolve on have {n} tokens, so nothing "
+         "would ever be evicted"),
         (c.popsize >= 4, "popsize must be 4 or more"),
         (not c.methods or {"namm", "full"} <= methods <= set(METHODS),
-         f"methods: namm and full, and any of namm_uncapped, ntk, {', '.join(namm.RULES)}; rules also "
-         "with +pool or +lastlayer after the name"),
+         f"methods: namm and full, and any of namm_uncapped, ntk, {', '.join(namm.RULES)}; rules "
+         "also with +pool or +lastlayer after the name"),
         (0 <= c.recall < 1, "recall must be 0 or more, and below 1"),
         (0 <= c.seed < 2 ** 32, "seed must be 0 or more, and below 2 ** 32"),
         (c.capacity >= 0, "capacity must be 0 or more"),
         (not math.isnan(c.threshold), "threshold must be a number"),
-        (c.vocab_size > 266, "vocab_size must be above 266: 256 bytes, ten digits, and what is learned"),
+        (c.vocab_size > 266, "vocab_size must be above 266: bytes, digits, and what is learned"),
     ]:
         if not holds:
             raise ValueError("--" + message)
@@ -821,24 +852,25 @@ def check_folder(config, out, going_on):
     finished = finished and not (out / "progress.pt").exists()
     if not made.exists():
         if (out / "gpt.pt").exists():
-            raise ValueError(f"{out} holds a gpt.pt but no config.json: it is not a run of this version; "
-                             "give another --out")
+            raise ValueError(f"{out} holds a gpt.pt but no config.json: it is not a run of this "
+                             "version; give another --out")
         return
     free, old = ("out", "device", "rows") if finished else FREE, load_settings(out)
     differs = ", ".join(f"{name} {value}" for name, value in vars(config).items()
                         if name not in free and old.get(name) != value)
     if differs and going_on:
-        raise ValueError(f"{out} holds a {'finished ' * finished}run with other settings than {differs}; "
-                         "give another --out, or delete it"
+        raise ValueError(f"{out} holds a {'finished ' * finished}run with other settings than "
+                         f"{differs}; give another --out, or delete it"
                          + "; --eval reports on it again" * finished)
 
 
 def check_sizes(config, own, home):
     """Raise ValueError for settings that are not the sizes of the GPT that was found."""
-    for name in SIZES:
-        if name != "vocab_size" and own.get(name) != getattr(config, name):  # the tokeniser decides that
-            raise ValueError(f"--{name} {getattr(config, name)}: the GPT of {home} has {own.get(name)}; "
-                             "leave the option out")
+    for name in set(SIZES) - {"vocab_size"}:  # the tokeniser decides that
+        value = getattr(config, name)
+        if own.get(name) != value:
+            raise ValueError(f"--{name} {value}: the GPT of {home} has {own.get(name)}; leave the "
+                             "option out")
 
 
 def prepare(config, shown=None):
@@ -850,7 +882,8 @@ def prepare(config, shown=None):
     what a score means is saved with a run, so another text changes no word that is asked."""
     out = pathlib.Path(config.out)
     given = [pathlib.Path(folder) for folder in (config.eval, config.base) if folder]
-    home = next((place for place in (out, *given) if (place / "gpt.pt").exists()), (given or [out])[0])
+    made = [place for place in (out, *given) if (place / "gpt.pt").exists()]
+    home = (made or given or [out])[0]
     check_folder(config, out, not shown)
     if given and not (home / "gpt.pt").exists():
         raise ValueError(f"--{'eval' if config.eval else 'base'} {home}: the folder has no gpt.pt")
@@ -861,12 +894,12 @@ def prepare(config, shown=None):
     if found["gpt"]:
         check_sizes(config, found["gpt"]["config"], home)
     if (config.eval or shown) and not found["namm"]:
-        raise ValueError(f"{vector}: the run is not finished (no namm.pt); python evolve.py --resume "
-                         f"{vector} goes on")
-    if not found["gpt"] and world()[1] > config.batch_tokens // config.length:
-        raise ValueError(f"{world()[1]} processes, but a training step has "
-                         f"{config.batch_tokens // config.length} rows to share; start fewer, or give more "
-                         "--batch_tokens")
+        raise ValueError(f"{vector}: the run is not finished (no namm.pt); python evolve.py "
+                         f"--resume {vector} goes on")
+    rows = config.batch_tokens // config.length
+    if not found["gpt"] and world()[1] > rows:
+        raise ValueError(f"{world()[1]} processes, but a training step has {rows} rows to share; "
+                         "start fewer, or give more --batch_tokens")
     own = read_record(out)
     record = own or read_record(home)
     if found["gpt"] and not record:
@@ -875,8 +908,9 @@ def prepare(config, shown=None):
         print("reading the text", flush=True)  # which takes a few seconds
     texts, now = data.deal(data.documents(config.corpus or None), record)
     if own and not shown and now["fingerprint"] != own["fingerprint"]:
-        raise ValueError(f"{out}: this run was begun on another text than is here now: another Python, or "
-                         "changed files; go on with those, or report on this text with --eval")
+        raise ValueError(f"{out}: this run was begun on another text than is here now: another "
+                         "Python, or changed files; go on with those, or report on this text with "
+                         "--eval")
     ranks = home / "tokenizer.tiktoken"
     encoding = data.tokenizer(config.vocab_size, ranks, texts["train"])
     if found["gpt"] and found["gpt"]["config"]["vocab_size"] != encoding.n_vocab:
@@ -893,12 +927,12 @@ def notes(config, encoding, text):
     """What a user should know before the numbers come: [line]."""
     lines = []
     if encoding.n_vocab < config.vocab_size:
-        lines.append(f"the text teaches a tokeniser {encoding.n_vocab} tokens, fewer than --vocab_size "
-                     f"{config.vocab_size}")
+        lines.append(f"the text teaches a tokeniser {encoding.n_vocab} tokens, fewer than "
+                     f"--vocab_size {config.vocab_size}")
     if text["fingerprint"] != text["trained on"]:
         lines.append(f"another text ({text['fingerprint']}) than the GPT was trained on "
-                     f"({text['trained on']}): the same words, new documents; nothing that it was trained "
-                     "on is asked about")
+                     f"({text['trained on']}): the same words, new documents; nothing that it was "
+                     "trained on is asked about")
     return lines
 
 
@@ -912,8 +946,8 @@ def open_log(out):
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{out}: another run is at work in this folder; wait for it, or give another "
-                         "--out") from None
+        raise ValueError(f"{out}: another run is at work in this folder; wait for it, or give "
+                         "another --out") from None
     return file
 
 
@@ -939,19 +973,21 @@ def base_model(out, part, n_vocab, found, config, log):
 
     def lesson(step):
         """A step's batch, words to recall, and seed."""
-        rng = np.random.default_rng([config.seed, 0, step])
-        batch, words = data.lesson(part, rng, step / config.steps, config.length, config.batch_tokens,
+        rng, done = np.random.default_rng([config.seed, 0, step]), step / config.steps
+        batch, words = data.lesson(part, rng, done, config.length, config.batch_tokens,
                                    config.recall)
         return batch, words, config.seed * 1_000_003 + step
 
-    # a GPT on a CUDA device learns faster than one process writes prompts
-    workers = {"num_workers": 4, "multiprocessing_context": "fork"} if config.device == "cuda" else {}
+    workers = {}
+    if config.device == "cuda":  # it learns faster than one process writes prompts
+        workers = {"num_workers": 4, "multiprocessing_context": "fork"}
     lessons = torch.utils.data.DataLoader(range(first, config.steps), batch_size=None,
                                           collate_fn=lesson, **workers)
     weights, start = sum(p.numel() for p in gpt.parameters()), time.time()
     log(f"training a GPT of {weights:,} parameters" + f", from step {first}" * bool(first))
-    train(gpt, lessons, config.steps, config.lr, precision(config.device), config.rows * config.length,
-          progress, lambda state: save(out / "progress.pt", state | {"stage": "training"}))
+    train(gpt, lessons, config.steps, config.lr, precision(config.device),
+          config.rows * config.length, progress,
+          lambda state: save(out / "progress.pt", state | {"stage": "training"}))
     save(out / "gpt.pt", {"config": vars(gpt.config), "model": gpt.state_dict()})
     log(f"{len(lessons) * config.batch_tokens:,} tokens of training in {time.time() - start:.0f} s")
     return gpt.eval()
@@ -983,9 +1019,9 @@ def run(config, out, encoding, parts, found, file):
         solution = Solution(*(found["namm"][name] for name in ("params", "mean", "std", "zero")))
         cost = found["namm"]["cost"]
     else:
-        solution, cost = evolve(gpt, parts, config, log,
-                                progress if progress["stage"] == "evolution" else None,
-                                lambda state: save(out / "progress.pt", state | {"stage": "evolution"}))
+        state = progress if progress["stage"] == "evolution" else None
+        solution, cost = evolve(gpt, parts, config, log, state, lambda state: save(
+            out / "progress.pt", state | {"stage": "evolution"}))
     if world()[0] > 0:  # the report is written by the first process
         return
     save(out / "namm.pt", vars(solution) | {"cost": cost})
@@ -994,7 +1030,7 @@ def run(config, out, encoding, parts, found, file):
     moot = {"rows": 0, "out": ""}  # change nothing
     if progress["stage"] == "report" and progress["config"] | moot == vars(config) | moot:
         result = progress
-    for section in (report, example)[:1 if config.methods else None]:
+    for section in (report, curve, example)[:1 if config.methods else None]:
         if section.__name__ not in result:
             result[section.__name__] = section(gpt, solution, parts["report"], config)
             save(out / "progress.pt", result | {"stage": "report"})
@@ -1028,7 +1064,7 @@ def main():
             torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every number of slots it meets
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every number of slots
         out = pathlib.Path(config.out)
         encoding, parts, found = prepare(config, shown)
         if not shown:

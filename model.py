@@ -9,8 +9,8 @@ Read in this order:
   6. read, generate  a prompt in blocks; after each a manager says which slots stay; then answers
 
 Letters: B rows, H query heads, K key/value heads, g = H / K query heads for each, T new tokens, S
-slots now in a layer's cache (survivors and the T new ones), D width of a head, C width of the model,
-V vocabulary.
+slots in a layer's cache (survivors and the T new ones), D width of a head, C width of the model, V
+vocabulary.
 """
 
 import copy
