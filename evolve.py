@@ -526,7 +526,7 @@ def watch(gpt, solution, batch, config):
             row, head, slot = layer.alive.nonzero(as_tuple=True)
             at = row, head, layer.positions[row, head, slot]
             own["score"][at] = score[row, head, slot]
-            own["spectrum"][at] = layer.state["spectrum"][row, head, slot]
+            own["spectrum"][at] = layer.state["memory"][row, head, slot, namm.HOP:]
             own["lives"][at] = stays[row, head, slot]
 
     cache = gpt.new_cache(len(batch.tokens), config.positions == "renumbered")

@@ -91,24 +91,23 @@ class KVCache:
         """Forget every slot outside `keep` (B,K,S) bool. Memory shrinks to the largest number of
         survivors; a head or row that keeps fewer is padded with dead slots on the left."""
         keep = keep & self.alive
-        count = keep.sum(-1)  # (B,K)
-        fewest, most = torch.stack(count.aminmax()).tolist()  # one wait for the device
-        slots = keep.shape[-1]
-        if fewest == slots:
+        B, K, S = keep.shape
+        fewest, most = torch.stack(keep.sum(-1).aminmax()).tolist()  # one wait for the device
+        if fewest == S:
             return
-        S = max(1, most)
-        number = torch.arange(1, slots + 1, device=keep.device)
-        order = (keep * number).sort(-1).values[..., -S:] - 1  # (B,K,S) survivors, on the right
-        index = order.clamp(min=0)
+        most = max(1, most)
+        number = torch.arange(1, S + 1, device=keep.device)
+        place = (keep * number).sort(-1).values[..., -most:]  # (B,K,most), 0 for a dead slot
+        first = torch.arange(0, B * K * S, S, device=keep.device).view(B, K, 1)
+        survivors = (first + (place - 1).clamp(min=0)).flatten()  # among all slots (B K S)
 
         def take(x):
-            """x (B,K,slots,...) -> (B,K,S,...)."""
-            own = index.view(*index.shape, *[1] * (x.dim() - 3))
-            return x.gather(2, own.expand(*index.shape, *x.shape[3:]))
+            """x (B,K,S,...) -> (B,K,most,...), whole slots at once: faster than gather."""
+            return x.flatten(0, 2).index_select(0, survivors).unflatten(0, (B, K, most))
 
         self.keys, self.values, self.positions = map(take, (self.keys, self.values, self.positions))
         self.state = {name: take(x) for name, x in self.state.items()}
-        self.alive, self.ragged = order >= 0, fewest < S
+        self.alive, self.ragged = place > 0, fewest < most
 
     def repeat(self, times):
         """Stack `times` copies of all rows, one below the other."""
@@ -130,24 +129,30 @@ def kept(cache):
 
 # --- 3. Attention over the cache -----------------------------------------------------------------
 
-def attend(q, k, v, alive=None, weights=False):
-    """Causal attention of the T newest tokens over S slots.
+def attend(q, k, v, alive=None):
+    """Causal attention of the T newest tokens over S slots, written out: its weights are what a
+    manager looks at.
 
     q (B,K,g,T,D), k and v (B,K,S,D), alive (B,K,S) bool, or None when no slot is dead. Returns the
-    output (B,K,g,T,D) and, if `weights`, what each slot received: softmax weights, mean over the
-    group's query heads, (B,K,T,S)."""
+    output (B,K,g,T,D) and what each slot received: softmax weights, mean over the group's query
+    heads, (B,K,T,S)."""
     B, K, g, T, D = q.shape
     S = k.shape[2]
-    if weights:
-        scores = (q.reshape(B, K, g * T, D) * D ** -0.5) @ k.mT  # (B,K,gT,S)
-        future = torch.full((T, T), -math.inf, device=q.device).triu(1)
-        scores.view(B, K, g, T, S)[..., S - T:] += future
-        if alive is not None:
-            dead = torch.zeros(B, K, 1, S, device=q.device)
-            scores += dead.masked_fill(~alive[:, :, None], -math.inf)
-        scores = scores.softmax(-1)
-        out = (scores.to(v.dtype) @ v).view(B, K, g, T, D)
-        return out, scores.view(B, K, g, T, S).mean(2)
+    mask = torch.full((T, S), -math.inf, device=q.device).triu(S - T + 1).repeat(g, 1)  # (gT,S)
+    if alive is not None:
+        dead = torch.zeros(B * K, 1, S, device=q.device)
+        mask = mask + dead.masked_fill_(~alive.view(B * K, 1, S), -math.inf)
+    q, k, v = q.reshape(B * K, g * T, D), k.reshape(B * K, S, D), v.reshape(B * K, S, D)
+    scores = torch.baddbmm(mask.to(q.dtype), q, k.mT, alpha=D ** -0.5)  # (B K,gT,S)
+    weights = scores.float().softmax(-1)
+    out = (weights.to(v.dtype) @ v).view(B, K, g, T, D)
+    return out, weights.view(B, K, g, T, S).mean(2)
+
+
+def attend_fused(q, k, v, alive=None):
+    """The output of `attend`, by PyTorch's own kernel, which shows no weights."""
+    B, K, g, T, D = q.shape
+    S = k.shape[2]
     if S == T and alive is None:
         q = q.reshape(B, K * g, T, D)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=g > 1)
@@ -200,13 +205,12 @@ class Attention(nn.Module):
             q = sum(q_taps[:, j].view(K, g, 1, 1) * q[..., back[j], :] for j in range(4))
             k = sum(k_taps[:, j].view(K, 1, 1) * k[..., back[j], :] for j in range(4))
         cache.append(k, v)
-        at = cache.positions  # (B,K,S)
-        if cache.renumber:
-            at = torch.arange(cache.keys.shape[2], device=x.device)  # (S,)
-        q = rotate(q, table[at[..., None, -T:]])  # the T newest slots are the queries
-        k = rotate(cache.keys, table[at])
-        alive = cache.alive if cache.ragged else None
-        out, received = attend(q, k, cache.values, alive, want == "attention")
+        S = cache.keys.shape[2]
+        turns = table[:S] if cache.renumber else table[cache.positions]  # (S,D/2) or (B,K,S,D/2)
+        q = rotate(q, turns[..., None, -T:, :])  # the T newest slots are the queries
+        k = rotate(cache.keys, turns)
+        attention = attend if want == "attention" else attend_fused
+        out, received = attention(q, k, cache.values, cache.alive if cache.ragged else None)
         heads = out.permute(0, 3, 1, 2, 4).reshape(B, T, -1)  # (B,T,H D)
         return self.wo(heads), heads if want == "heads" else received
 

@@ -10,17 +10,18 @@ After Cetin, Sun, Zhao, Tang: An Evolved Universal Transformer Memory, ICLR 2025
   5. stays            a token below zero leaves that head's cache; of the others the best stay
   6. RULES            hand-made rules behind the same interface
 
-This file knows nothing of the GPT. It sees attention, and each layer's cache: `keys`, `values`,
-`positions`, `alive`, `seen`, and `state`, where a manager keeps what it remembers of each slot.
+This file knows nothing of the GPT. It sees attention, and each layer's cache: `positions`, `alive`,
+`seen`, and `state`, where a manager keeps what it remembers of each slot.
 Letters: P candidates (parameter vectors), B rows = P x prompts, candidate-major (all prompts of the
 first candidate, then all of the second), K key/value heads, T tokens of the last block, S slots in
-the cache, F frequency bins.
+the cache, F frequency bins. All layers are judged in one call, since small tensors are slow: their
+slots stand side by side in S, `sizes` of each layer.
 """
 
 from functools import lru_cache
 
 import torch
-from torch.nn.functional import avg_pool1d, scaled_dot_product_attention
+from torch.nn.functional import avg_pool1d, pad, scaled_dot_product_attention
 
 N_FFT, HOP = 32, 16  # samples in a window, and from one window to the next
 F = N_FFT // 2 + 1  # 17 frequency bins
@@ -35,26 +36,33 @@ N_PARAMS = sum(torch.Size(shape).numel() for shape in SHAPES.values())  # 4172
 
 
 def namm(params, mean, std, threshold=0.0, capacity=0, shared=False, opened=True, squash=True):
-    """A manager of a cache: manage(cache, attention) -> (scores, keep), [(B,K,S)] of each layer.
+    """A manager of a cache: manage(cache, attention) -> (scores, keep), (B,K,S) of each layer.
 
     params (P,4172), mean and std (F,): statistics of the spectra, frozen (see `statistics`). A
-    manager is called after each block, with the cache of all layers and the attention (B,K,T,S)
+    manager is called after each block, with the cache of all layers and the attention [(B,K,T,S)]
     that the block's T queries paid in each. What scores `threshold` or more stays; with a
     `capacity`, at most so many a head; if `shared`, so many in the mean over all heads of all
     layers. Three departures from the paper can be undone: capacity, `opened` (see `spectra`) and
     `squash` (see `features`)."""
     def manage(cache, attention):
         """Judge all slots after a block."""
-        scores = []
         with torch.autocast(mean.device.type, enabled=False):  # float32, whatever the GPT has
-            for layer, received in zip(cache, attention):
-                spectrum = spectra(layer, received, opened)  # (B,K,S,F)
-                age = layer.seen - 1 - layer.positions  # (B,K,S)
-                x = features(spectrum, age, mean, std, squash)  # (B,K,S,25)
-                scores.append(bam_scores(x, params))  # (B,K,S)
-        budgets = [capacity] * len(cache) if capacity else None
-        return scores, stays(cache, scores, threshold, budgets, shared)
+            spectrum = spectra(cache, attention, opened)  # (B,K,S,F)
+            age = cache[0].seen - 1 - side_by_side(cache, "positions")  # (B,K,S)
+            x = features(spectrum, age, mean, std, squash)  # (B,K,S,25)
+            scores = bam_scores(x, params, slots_of_layers(cache))  # (B,K,S)
+        return stays(cache, scores, threshold, [capacity] * len(cache), shared)
     return manage
+
+
+def slots_of_layers(cache):
+    """How many slots each layer has, dead ones too: [int]."""
+    return [layer.alive.shape[2] for layer in cache]
+
+
+def side_by_side(cache, name):
+    """What the layers' caches hold by a name, (B,K,S) each, in one tensor (B,K,S)."""
+    return torch.cat([getattr(layer, name) for layer in cache], dim=2)
 
 
 # --- 1. Attention -> spectrogram (section 3.1) ---------------------------------------------------
@@ -67,25 +75,18 @@ def fourier(device):
     return (torch.cat([turn.cos(), turn[1:-1].sin()]) * torch.hann_window(N_FFT)).to(device)
 
 
-def magnitudes(windows):
-    """Fourier magnitudes of windows (...,n,S) of n <= 32 samples: (...,F,S). Fewer than 32: the
-    last ones are zero."""
-    waves = fourier(windows.device)[:, :windows.shape[-2]] @ windows  # (...,32,S)
-    cosines, sines = waves.square_().split([F, F - 2], dim=-2)
-    cosines[..., 1:-1, :] += sines
-    return cosines.sqrt_()
-
-
 def spectrogram(samples):
     """Short-time Fourier magnitudes of the attention that each slot received: torch.stft, not
     centred.
 
-    samples (B,K,HOP+T,S): what each slot received from T queries, T a multiple of HOP, and before
-    them from the last HOP queries of the block before, zero for a new slot. Returns
-    (B,K,S,frames,F), frames = T / HOP. A frame's window is the HOP samples before it and the HOP in
-    it: so where a text is cut into blocks changes no frame."""
-    windows = samples.unfold(2, N_FFT, HOP).mT  # (B,K,frames,32,S)
-    return magnitudes(windows).permute(0, 1, 4, 2, 3)
+    samples (B,K,N,S): what each slot received from N queries, a multiple of HOP. Returns n = N /
+    HOP - 1 frames, (B,K,n,F,S). A frame's window is 32 queries, of which it shares 16 with the
+    next: with the last 16 of the block before in front, where a text is cut into blocks changes no
+    frame."""
+    waves = fourier(samples.device) @ samples.unfold(2, N_FFT, HOP).mT  # (B,K,n,32,S)
+    cosines, sines = waves.square_().split([F, F - 2], dim=3)
+    cosines[..., 1:-1, :] += sines
+    return cosines.sqrt_()
 
 
 # --- 2. Spectrogram -> one spectrum a token (section 3.1) ----------------------------------------
@@ -93,40 +94,35 @@ def spectrogram(samples):
 def moving_average(frames, old, gamma):
     """E = gamma^n * old + the sum over the n frames t of (1 - gamma) * gamma^(n - 1 - t) * frame t.
 
-    frames (B,K,S,n,F), old (B,K,S,F), zero for a new slot -> (B,K,S,F). The start is not
+    frames (B,K,n,F,S), old (B,K,F,S), zero for a new slot -> (B,K,F,S). The start is not
     corrected."""
-    for frame in frames.unbind(3):  # (B,K,S,F)
+    for frame in frames.unbind(2):
         old = frame.lerp(old, gamma)  # gamma * old + (1 - gamma) * frame
     return old
 
 
-def spectra(layer, attention, opened=True):
-    """The spectrum of each slot of one layer, (B,K,S,F), after a block with attention (B,K,T,S):
-    the block's frames, averaged with what the layer's cache remembers in its `state`.
+def spectra(cache, attention, opened=True):
+    """The spectrum of each slot, (B,K,S,F), after a block with attention [(B,K,T,S)]: the block's
+    frames, averaged with what the cache remembers of a slot in its state "memory", (B,K,S,HOP+F):
+    the last HOP values of its attention, and its spectrum.
 
     Not in the paper: a Hann window falls to zero, so complete frames hardly count the newest
     queries, which know best what will be asked for. If `opened`, they count in the frame that they
-    have opened as well, which is half of what a block of 32 shows: it is judged by, not
-    remembered."""
-    B, K, T, S = attention.shape
-    attention, gamma = attention.float(), MEMORY ** (HOP / T)
-    if "spectrum" not in layer.state:
-        layer.state = {"tail": attention.new_zeros(B, K, S, HOP),
-                       "spectrum": attention.new_zeros(B, K, S, F)}
-    average = layer.state["spectrum"].mT.contiguous().mT  # slots last in memory, as in attention
-    step = HOP if attention.device.type == "cpu" else T  # frame by frame: fits a CPU's cache
-    for start in range(0, T, step):
-        before = attention[:, :, start - HOP:start] if start else layer.state["tail"].mT
-        samples = torch.cat([before, attention[:, :, start:start + step]], dim=2)
-        there = S - T + start + step  # younger slots received nothing yet
-        frames = spectrogram(samples[..., :there])
-        average[:, :, :there] = moving_average(frames, average[:, :, :there], gamma)
-    tail = attention[:, :, -HOP:]  # (B,K,HOP,S)
-    layer.state = {"tail": tail.mT.contiguous(), "spectrum": average}
-    if opened:
-        frame = magnitudes(tail).mT  # half full: then zeros, (B,K,S,F)
-        average = moving_average(frame[:, :, :, None], average, gamma)
-    return average
+    have opened as well, its other half zeros, which is half of what a block of 32 shows: it is
+    judged by, not remembered."""
+    new = torch.cat(attention, dim=3).float()  # (B,K,T,S)
+    B, K, T, S = new.shape
+    memory, gamma = new.new_zeros(B, K, HOP + F, S), MEMORY ** (HOP / T)
+    if "memory" in cache[0].state:
+        memory = torch.cat([layer.state["memory"] for layer in cache], dim=2).mT
+    tail, average = memory.split([HOP, F], dim=2)
+    samples = pad(torch.cat([tail, new], dim=2), (0, 0, 0, HOP))  # (B,K,HOP+T+HOP,S)
+    frames = spectrogram(samples)  # (B,K,T/HOP+1,F,S)
+    average = moving_average(frames[:, :, :-1], average, gamma)
+    memory = torch.cat([new[:, :, -HOP:], average], dim=2).mT
+    for layer, own in zip(cache, memory.split(slots_of_layers(cache), dim=2)):
+        layer.state["memory"] = own
+    return (frames[:, :, -1].lerp(average, gamma) if opened else average).mT
 
 
 # --- 3. Spectrum and age -> features -------------------------------------------------------------
@@ -150,12 +146,11 @@ def statistics(totals, opened=True):
     """A manager that keeps everything and adds up count, sum and sum of squares of the spectra,
     over rows, heads, slots, layers and blocks, in `totals` (3,F) float64. See `mean_std`."""
     def manage(cache, attention):
-        """Add each layer's spectra to the totals."""
+        """Add the spectra to the totals."""
         with torch.autocast(totals.device.type, enabled=False):
-            for layer, received in zip(cache, attention):
-                x = spectra(layer, received, opened).double().flatten(0, 2)  # (B K S, F)
-                count = torch.full_like(x[0], len(x))
-                totals.add_(torch.stack([count, x.sum(0), x.square().sum(0)]))
+            x = spectra(cache, attention, opened).double().flatten(0, 2)  # (B K S, F)
+            count = torch.full_like(x[0], len(x))
+            totals.add_(torch.stack([count, x.sum(0), x.square().sum(0)]))
         return None, [layer.alive for layer in cache]
     return manage
 
@@ -175,22 +170,24 @@ def unpack(params, shapes=SHAPES):
     return {name: piece.unflatten(1, shape) for (name, shape), piece in zip(shapes.items(), pieces)}
 
 
-def bam_scores(features, params):
+def bam_scores(features, params, sizes):
     """Scores: below zero, the token goes.
 
-    features (B,K,S,25), params (P,4172), B = P x prompts, candidate-major; slots oldest first, dead
-    ones on the left -> (B,K,S). One head of attention, in which a token sees itself and newer
-    tokens only: is it redundant, given what came after? With the slots flipped, newest first, that
-    is the ordinary causal mask, and dead slots, now last, are seen by no live one. Its output is a
-    residual r and a multiplier m for the features: h = x (1 + m) + r, score = h w + b."""
+    features (B,K,S,25), the slots of each layer oldest first, dead ones on the left; params
+    (P,4172), B = P x prompts, candidate-major -> (B,K,S). One head of attention, in which a token
+    sees itself and the newer tokens of its layer: is it redundant, given what came after? With the
+    slots flipped, newest first, that is the ordinary causal mask, and dead slots, now last, are
+    seen by no live one. Its output is a residual r and a multiplier m for the features: h = x (1 +
+    m) + r, score = h w + b. """
     B, K, S, _ = features.shape
     p = unpack(params)
     x = features.flip(2).reshape(len(params), -1, N_IN)  # (P, prompts K S, 25), newest first
     qkv = torch.baddbmm(p["bqkv"][:, None], x, p["Wqkv"]).view(B, K, S, 3 * WIDTH)
-    o = scaled_dot_product_attention(*qkv.split(WIDTH, dim=-1), is_causal=True)  # (B,K,S,32)
-    o = o.reshape(len(params), -1, WIDTH)  # (P, prompts K S, 32)
+    o = [scaled_dot_product_attention(*layer.split(WIDTH, dim=-1), is_causal=True)
+         for layer in qkv.split(sizes[::-1], dim=2)]  # (B,K,S of a layer,32) each
+    o = torch.cat(o, dim=2).reshape(len(params), -1, WIDTH)  # (P, prompts K S, 32)
     r, m = torch.baddbmm(p["bo"][:, None], o, p["Wo"]).chunk(2, dim=-1)  # 25 wide each
-    h = x * (1 + m) + r
+    h = torch.addcmul(x + r, x, m)
     return torch.baddbmm(p["b"][:, None], h, p["w"]).view(B, K, S).flip(2)
 
 
@@ -204,52 +201,42 @@ def scale(shapes=SHAPES):
 
 # --- 5. Scores -> who stays ----------------------------------------------------------------------
 
-def newest(scores, count):
-    """Scores (B,K,S) in which the `count` newest slots stay whatever they had; NaN is the worst."""
-    scores = scores.masked_fill(scores.isnan(), -torch.inf)
-    scores[..., max(0, scores.shape[-1] - count):] = torch.inf
-    return scores
+def best(scores, count):
+    """The `count` highest of each row, or all when there are fewer; among equals the last:
+    (...,n) -> (...,n) bool."""
+    order = scores.argsort(dim=-1, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., -count:], True)
 
 
-def keep_mask(scores, threshold=0.0):
-    """Keep what scores `threshold` or more, and the newest token always: (B,K,S) -> (B,K,S) bool.
-    Parameters that are all zero score 0 everywhere: then only the capacity evicts."""
-    return newest(scores, 1) >= threshold
+def stays(cache, scores, threshold, budgets, shared=False):
+    """(scores, who stays), (B,K,S) of each layer, by all layers' scores (B,K,S): of each layer and
+    head the newest, always; and of those that score `threshold` or more the best: in each head of a
+    layer as many as its entry of `budgets` says (0: any number), or, if `shared`, as many in the
+    mean over all heads of all layers.
 
-
-def keep_best(scores, budget):
-    """The newest slot and the best others, `budget` in all, or all when there are fewer; among
-    equals the newer one: (B,K,S) -> (B,K,S) bool."""
-    order = newest(scores, 1).argsort(dim=-1, stable=True)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., -budget:], True)
-
-
-def keep_best_of_all(scores, budget):
-    """One pool for all heads of all layers: scores [(B,K,S)] of each layer -> [(B,K,S)] bool. The
-    newest slot of each head stays, and the best others of a row, in whatever layer and head,
-    `budget` in all; among equals those of upper layers, then newer ones: equal heads keep the
-    same."""
-    pool = torch.cat([newest(own, 1).mT.flatten(1) for own in scores], dim=1)  # (B, slots of a row)
-    best = keep_best(pool, budget).split([own[0].numel() for own in scores], dim=1)
-    return [piece.view(own.mT.shape).mT for piece, own in zip(best, scores)]
-
-
-def stays(cache, scores, threshold, budgets=None, shared=False):
-    """Who stays in each layer, [(B,K,S)] bool, by its scores [(B,K,S)]: what scores `threshold` or
-    more and is among the best: in each head of a layer as many as its entry of `budgets` says, or,
-    if `shared`, as many in the mean over all heads of all layers."""
-    keep = [keep_mask(own, threshold) for own in scores]
-    if budgets:
-        scores = [own.masked_fill(~layer.alive, -torch.inf) for own, layer in zip(scores, cache)]
-        if shared:
-            best = keep_best_of_all(scores, sum(budgets) * scores[0].shape[1])
-        else:
-            best = [keep_best(own, budget) for own, budget in zip(scores, budgets)]
-        keep = [own & top for own, top in zip(keep, best)]
-    return keep
+    Among equals the newer stay, if shared those of upper layers, and equal heads keep the same.
+    Parameters that are all zero score 0 everywhere: then only the budget evicts. NaN is worst."""
+    sizes, alive = slots_of_layers(cache), side_by_side(cache, "alive")
+    rank = scores.masked_fill(scores.isnan() | ~alive, -torch.inf)
+    rank[..., torch.tensor(sizes).cumsum(0) - 1] = torch.inf  # the newest of each layer
+    keep = rank >= threshold
+    if shared and sum(budgets):
+        pool = rank.mT.flatten(1)  # (B, slots of a row)
+        keep &= best(pool, sum(budgets) * rank.shape[1]).view(rank.mT.shape).mT
+    elif sum(budgets):
+        layers = zip(rank.split(sizes, dim=2), budgets)
+        keep &= torch.cat([best(own, budget) for own, budget in layers], dim=2)
+    return scores.split(sizes, dim=2), keep.split(sizes, dim=2)
 
 
 # --- 6. Rules: f(a layer's cache, attention (B,K,T,S), budget) -> scores (B,K,S), the higher stay -
+
+def newest(scores, count):
+    """Scores (B,K,S) in which the `count` newest slots stay whatever they had."""
+    scores = scores.clone()
+    scores[..., max(0, scores.shape[-1] - count):] = torch.inf
+    return scores
+
 
 def recent(layer, attention, budget):
     """The newest slots."""
@@ -306,5 +293,5 @@ def by_rule(rule, budget, pool=False, last=False):
             budgets = [max(1, budget * n - i - (n - 1 - i) * cache[0].seen) for i in range(n)]
         scores = [rule(layer, received, most)
                   for layer, received, most in zip(cache, attention, budgets)]
-        return scores, stays(cache, scores, -torch.inf, budgets, pool)
+        return stays(cache, torch.cat(scores, dim=2), -torch.inf, budgets, pool)
     return manage
