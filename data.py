@@ -498,14 +498,14 @@ def words_to_recall(batch, part, rng, share):
 def lesson(part, rng, done, length, tokens, recall):
     """What a training step learns from, when a share `done` of all is over: (Batch, words to
     recall), `tokens` tokens in all. The shortest prompts at first, then all lengths but the
-    longest, then mostly that. The heads are asked to recall once they have found their work."""
+    longest, then mostly that."""
     lengths = [length >> k for k in range(length.bit_length()) if length >> k >= 64][::-1]
     odds = np.array([1] * (len(lengths) - 1) + [2 * len(lengths[1:]) or 1])  # longest: two of three
-    if done < 0.25:
+    if done < 0.15:
         own = lengths[0]
-    elif done < 0.5:
+    elif done < 0.35:
         own = int(rng.choice(lengths[:-1] or lengths))
     else:
         own = int(rng.choice(lengths, p=odds / odds.sum()))
     batch = prompts(part, rng.choice(list(TASKS), tokens // own), rng, own)
-    return batch, words_to_recall(batch, part, rng, recall if done >= 0.25 else 0.0)
+    return batch, words_to_recall(batch, part, rng, recall)

@@ -614,9 +614,9 @@ class Config:
     n_hidden: int = 176  # width inside SwiGLU
     # training it
     length: int = 256  # training length, in tokens
-    steps: int = 1500  # training steps
-    batch_tokens: int = 4096  # tokens in a training step
-    lr: float = 4e-3  # peak learning rate
+    steps: int = 1100  # training steps
+    batch_tokens: int = 2048  # tokens in a training step
+    lr: float = 1.2e-2  # peak learning rate; of the matrices of layers twice that
     recall: float = 0.25  # share of the places, long words aside, where a head must recall a word
     # the cache
     delay: int = 32  # tokens between two evictions, a multiple of 16
@@ -654,7 +654,7 @@ PRESETS = {
                   delay=16, capacity=24, generations=3, popsize=4, prompts=1, validate=1,
                   choose_prompts=1, report_prompts=2, far_prompts=1, report_at=(1, 4, 8)),
     "gpu": dict(vocab_size=8192, n_layer=4, n_head=8, n_kv_head=2, n_embd=768, head_dim=96,
-                n_hidden=2048, length=2048, steps=400, batch_tokens=65_536, lr=2e-3, delay=64,
+                n_hidden=2048, length=2048, steps=400, batch_tokens=65_536, lr=5e-3, delay=64,
                 capacity=128, generations=15, popsize=32, choose_prompts=16, report_prompts=32,
                 far_prompts=16, rows=512),
     "paper": dict(capacity=0, slots="own", positions="original", frames="closed", squash="none",

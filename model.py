@@ -355,7 +355,7 @@ def recall_loss(gpt, heads, recall, who):
 
 
 def losses(gpt, batch, recall, draw):
-    """Losses of N prompts, (N,) each: mean cross-entropy of a prompt's answers, of a quarter of its
+    """Losses of N prompts, (N,) each: mean cross-entropy of a prompt's answers, of an eighth of its
     other tokens, and of the words to recall; and the share of its answer tokens that are right.
     recall (N,L-1): see `recall_loss`. draw(*shape): uniform random numbers (N,*shape)."""
     c, n = gpt.config, batch.context
@@ -372,10 +372,10 @@ def losses(gpt, batch, recall, draw):
     who = (draw(n) * asked).long().masked_fill(recall < 0, -1)  # (N,n)
     recalled = recall_loss(gpt, heads, recall, who)
     answer, target = batch.answer[:, 1:] > 0, batch.tokens[:, 1:]  # (N,L-1) each
-    # the vocabulary is the dearest part of so small a GPT: a quarter of the text is enough; of the
+    # the vocabulary is the dearest part of so small a GPT: an eighth of the text is enough; of the
     # line ends after the last answer nothing
     before_end = answer.flip(1).cumsum(1).flip(1) > 0
-    text = ~answer & before_end & (draw(answer.shape[1]) < 0.25)  # (N,L-1)
+    text = ~answer & before_end & (draw(answer.shape[1]) < 0.125)  # (N,L-1)
     right = gpt.output(hidden[answer])  # (M,V)
     answers = F.cross_entropy(right, target[answer], reduction="none")
     texts = F.cross_entropy(gpt.output(hidden[text]), target[text], reduction="none")
@@ -457,7 +457,7 @@ def train(gpt, batches, steps, lr, precision, at_once, state=None, keep=None):
         if (step % 10 == 0 or step == steps - 1) and not norm.isfinite():
             raise FloatingPointError(f"training diverged at step {step}; lower --lr")
         rate = min(1.0, (step + 1) / 50) * (1 - 0.95 * step / steps)
-        for optimizer, peak in ((muon, 5 * lr), (adamw, lr)):
+        for optimizer, peak in ((muon, 2 * lr), (adamw, lr)):
             optimizer.param_groups[0]["lr"] = peak * rate
             with precision:  # for Muon's products of matrices
                 optimizer.step()
