@@ -328,6 +328,24 @@ def tasks_at(generation, config):
     return tasks[:len(tasks) - config.stages + 1 + stage]
 
 
+def progress(point, last, seconds):
+    """A generation of `last`, as a line: its numbers, and how long it took and will take."""
+    g = point["generation"]
+    left = seconds / (g + 1) * (last - g)
+    numbers = [f" | {name} {x:.3f}" for name, x in point.items() if name != "generation"]
+    return f"{g:4d}/{last}{''.join(numbers)} | {seconds:.0f} s, {left:.0f} s left"
+
+
+def cost_of(state, full, config):
+    """What evolution cost, and when its mean passed the full cache's fitness."""
+    passed = [point["generation"] for point in state["history"] if point.get("mean", 0.0) > full]
+    tasks = sum(len(tasks_at(g + 1, config)) for g in range(config.generations))
+    return {"generations": config.generations, "seconds": state["seconds"],
+            "fitness of the full cache": full,
+            "passed the full cache at generation": min(passed, default=None),
+            "candidate prompts read": config.popsize * config.prompts * tasks}
+
+
 def evolve(gpt, parts, config, log, state, keep):
     """Evolve the manager of the cache: (Solution, what it cost). keep(state) is called after each
     generation; from that state evolution goes on to the same bits.
@@ -376,18 +394,11 @@ def evolve(gpt, parts, config, log, state, keep):
             if g and (value > state["highest"] or config.pick == "last"):
                 state |= {"highest": value.item(), "chosen": chosen}
         state["history"].append(point)
-        seconds = time.time() - start
-        left = seconds / (g + 1) * (last - g)
-        numbers = [f" | {name} {x:.3f}" for name, x in point.items() if name != "generation"]
-        log(f"{g:4d}/{last}{''.join(numbers)} | {seconds:.0f} s, {left:.0f} s left")
+        state["seconds"] = time.time() - start
+        log(progress(point, last, state["seconds"]))
         if es.diagonal or "mean" in point:  # a full covariance is 139 MB
-            keep(state | {"next": g + 1, "es": es.state_dict(), "seconds": seconds})
-    passed = [point["generation"] for point in state["history"] if point.get("mean", 0.0) > full]
-    read_in_all = sum(len(tasks_at(g + 1, config)) for g in range(last))
-    cost = {"generations": last, "seconds": time.time() - start,
-            "fitness of the full cache": full.item(),
-            "passed the full cache at generation": min(passed, default=None),
-            "candidate prompts read": config.popsize * config.prompts * read_in_all}
+            keep(state | {"next": g + 1, "es": es.state_dict()})
+    cost = cost_of(state, full.item(), config)
     log(f"evolution: {as_json(cost)}")
     made = solution(state["chosen"])
     if config.capacity:
@@ -993,6 +1004,14 @@ def base_model(out, part, n_vocab, found, config, log):
     return gpt.eval()
 
 
+def versions_here(device):
+    """What the numbers were made with."""
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {"python": platform.python_version(), "torch": str(torch.__version__),
+            "numpy": np.__version__,
+            "device": torch.cuda.get_device_name() if device == "cuda" else cpu}
+
+
 def run(config, out, encoding, parts, found, file):
     """Train, evolve, report; the files go to the folder `out`. What is there is not done again."""
     start = time.time()
@@ -1004,10 +1023,7 @@ def run(config, out, encoding, parts, found, file):
             file.flush()
             tqdm.write(line)
 
-    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
-                "numpy": np.__version__,
-                "device": torch.cuda.get_device_name() if config.device == "cuda" else machine}
+    versions = versions_here(config.device)
     log(f"{json.dumps(vars(config))}\n{json.dumps(versions)}")
     for name, part in parts.items():
         log(f"{name:8s}{len(part.tokens):10,} tokens of text, {len(part.words):5,} words for keys")
