@@ -328,6 +328,12 @@ def tasks_at(generation, config):
     return tasks[:len(tasks) - config.stages + 1 + stage]
 
 
+def lengths_at(generation, config):
+    """The lengths of a generation: first the shortest, which cost least; in the end all."""
+    stage = len(config.evolve_at) * max(0, generation - 1) // config.generations
+    return config.evolve_at[:1 + stage]
+
+
 def progress(point, last, seconds):
     """A generation of `last`, as a line: its numbers, and how long it took and will take."""
     g = point["generation"]
@@ -381,9 +387,9 @@ def evolve(gpt, parts, config, log, state, keep):
         point = {"generation": g, "sigma": es.sigma}
         if g:
             rng = np.random.default_rng([config.seed, 2, g])
-            lengths = lambda rng: [rng.choice(config.evolve_at)]
             got, kept = fitness(gpt, solution(es.ask()), best, parts["evolve"], tasks_at(g, config),
-                                lengths, config.prompts, rng, config)
+                                lambda rng: [rng.choice(lengths_at(g, config))], config.prompts,
+                                rng, config)
             es.tell(got)
             state["average"] = state["average"] + (es.mean - state["average"]) / min(g, 10)
             point |= {"candidates": got.mean().item(), "best": got.max().item(), "cache": kept}
@@ -640,7 +646,7 @@ class Config:
     squash: str = "asinh"  # asinh|none: of the normalised spectrum
     # evolution
     evolve_on: str = "passage,kv,copy"  # tasks; all others in the report are new to the manager
-    generations: int = 60  # generations
+    generations: int = 40  # generations
     stages: int = 1  # 1: all tasks from the start; more: one more task in each equal stage
     popsize: int = 16  # candidates in a generation
     sigma: float = 0.6  # first step size, over the root of the number of a weight's inputs
@@ -648,7 +654,7 @@ class Config:
     fitness: str = "likelihood"  # likelihood|score: of the answers; score: over the full cache's
     prompts: int = 4  # fresh prompts a task in a generation, the same for all candidates
     evolve_at: tuple = (1, 2, 4)  # lengths to evolve at, in training lengths
-    validate: int = 5  # generations between two validations
+    validate: int = 10  # generations between two validations
     choose_prompts: int = 8  # prompts a task in a validation
     pick: str = "best"  # best|last: the best average of means, or the last mean
     # report
