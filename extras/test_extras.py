@@ -191,7 +191,8 @@ def test_an_ablation_evolves_and_reports(finished, tmp_path, capsys):
     got = [row["logprob"] for row in result["report"]]
     assert got == [row["logprob"] for row in want[True]] != [row["logprob"] for row in want[False]]
     plainer, whole = out.split("NAMM as it is")
-    assert plainer.count("| namm |") == whole.count("| namm |") == 2 and "--scorer linear" in plainer
+    assert plainer.count("| namm |") == whole.count("| namm |") == 2
+    assert "--scorer linear" in plainer
     assert files(finished) == before
     with pytest.raises(ValueError, match="holds a run"):
         ablations.main(line)
@@ -468,7 +469,7 @@ def test_revisions_are_taken_out_of_git(tmp_path, monkeypatch, capsys):
     ("same", same.main, [], "usage: python -m extras.same"),
     ("same", same.main, ["nosuch"], "git archive nosuch"),
     ("ablations", ablations.main, ["/nowhere", "--out", "x"], "give one of --scorer"),
-    ("ablations", ablations.main, ["/nowhere", "--out", "x", "--scorer", "mlp", "--features", "age"],
+    ("ablations", ablations.main, ["x", "--out", "x", "--scorer", "mlp", "--features", "age"],
      "give one of --scorer")])
 def test_bad_input_ends_in_a_line(name, main, line, says, monkeypatch, capsys):
     """Catches: a traceback, an exit code of success, a line without what to do."""
