@@ -138,11 +138,14 @@ class CMAES:
 
 @dataclasses.dataclass
 class Solution:
-    """What evolution finds, and namm.pt holds."""
+    """What evolution finds, and namm.pt holds; and, for a subclass to replace, what evolves."""
     params: torch.Tensor  # (4172,), or (P,4172)
     mean: torch.Tensor  # (F,) of the spectra over the full cache: collected once, then frozen
     std: torch.Tensor  # (F,)
     zero: float = 0.0  # the threshold without a capacity: see `calibrate_threshold`
+    method = staticmethod(namm.namm)
+    scale = staticmethod(namm.scale)
+    statistics = staticmethod(namm.statistics)
 
 
 def manager(solution, config, **changes):
@@ -150,8 +153,8 @@ def manager(solution, config, **changes):
     c = dataclasses.replace(config, **changes)
     params, mean, std = (x.to(c.device) for x in (solution.params, solution.mean, solution.std))
     threshold = c.threshold + (0.0 if c.capacity else solution.zero)
-    return namm.namm(torch.atleast_2d(params), mean, std, threshold, c.capacity,
-                     c.slots == "shared", c.frames == "opened", c.squash == "asinh")
+    return solution.method(torch.atleast_2d(params), mean, std, threshold, c.capacity,
+                           c.slots == "shared", c.frames == "opened", c.squash == "asinh")
 
 
 def precision(device):
@@ -239,13 +242,13 @@ def prompts(part, task, count, rng, length, device):
 
 # --- 3. Evolution --------------------------------------------------------------------------------
 
-def feature_statistics(gpt, part, config):
+def feature_statistics(gpt, part, config, kind=Solution):
     """Mean and standard deviation of the spectra over the full cache, (F,) each."""
     totals = torch.zeros(3, namm.F, dtype=torch.float64, device=config.device)
     rng, longest = np.random.default_rng([config.seed, 1]), config.length * max(config.evolve_at)
     for task in config.evolve_on.split(","):
         batch, own = prompts(part, task, 8, rng, longest, config.device), torch.zeros_like(totals)
-        evaluate(gpt, batch, config, namm.statistics(own, config.frames == "opened"))
+        evaluate(gpt, batch, config, kind.statistics(own, config.frames == "opened"))
         totals += own
     return namm.mean_std(totals.cpu())
 
@@ -352,23 +355,23 @@ def cost_of(state, full, config):
             "candidate prompts read": config.popsize * config.prompts * tasks}
 
 
-def evolve(gpt, parts, config, log, state, keep):
+def evolve(gpt, parts, config, log, state, keep, kind=Solution):
     """Evolve the manager of the cache: (Solution, what it cost). keep(state) is called after each
-    generation; from that state evolution goes on to the same bits.
+    generation; from that state evolution goes on to the same bits. kind: Solution, or a subclass.
 
     Prompts are fresh in each generation, and fitness is noisy. So what is kept is an average of the
     means of the search distribution, the last ten of which count most; and of these averages the
     one that does best on the prompts to choose by, always the same and never evolved on.
     (config.pick "last": the last mean, as in the paper.) Generation 0, all zeros, drops nothing of
     its own accord: only the capacity evicts."""
-    mean, std = feature_statistics(gpt, parts["evolve"], config)
-    best, scale = full_likelihood(gpt, parts["evolve"], config), namm.scale()
+    mean, std = feature_statistics(gpt, parts["evolve"], config, kind)
+    best, scale = full_likelihood(gpt, parts["evolve"], config), kind.scale()
     es = CMAES(torch.zeros(len(scale)), config.sigma, config.popsize, config.seed,
                config.covariance == "diagonal")
 
     def solution(params):
         """Of parameters (4172,) or (P,4172) in units of their steps."""
-        return Solution((params * scale).float(), mean, std)
+        return kind((params * scale).float(), mean, std)
 
     def validate(solution, config=config):
         """Fitness on prompts that are the same each time."""
@@ -739,8 +742,9 @@ def parse(line=None):
                                      usage="python evolve.py [--preset NAME] [--OPTION VALUE ...]",
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=PRESETS, help="if not given, gpu where there is one")
+    comments = described()
     for f in dataclasses.fields(Config):
-        comment, choices = described()[f.name]
+        comment, choices = comments[f.name]
         default = ",".join(map(str, f.default)) if f.type is tuple else f.default
         kind = {tuple: numbers, str: words}.get(f.type, f.type)
         parser.add_argument("--" + f.name, type=kind, choices=choices, metavar="VALUE",

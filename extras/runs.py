@@ -1,0 +1,43 @@
+"""What the commands beside the lesson share: a finished run, a table, an end in one line."""
+
+import sys
+
+import torch
+
+import evolve
+
+
+def open_run(folder, options=()):
+    """(config, gpt, solution, parts) of the finished run in a folder; options: words of evolve.py's
+    command line, such as ["--report_at", "1,4"]. Writes nothing. Raises ValueError, with a line for
+    the user, for what cannot be."""
+    config, shown = evolve.parse(["--show", folder, *options])
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as evolve.main
+    encoding, parts, found = evolve.prepare(config, shown)
+    for line in evolve.notes(config, encoding, found["text"]):
+        print(line)
+    kept = found["namm"]
+    solution = evolve.Solution(kept["params"], kept["mean"], kept["std"], kept["zero"])
+    return config, evolve.restored(found["gpt"], config.device), solution, parts
+
+
+def run_and_options(line, usage):
+    """(RUN, the words after it) of a command line. Raises ValueError when there is no RUN."""
+    if not line or line[0].startswith("-"):
+        raise ValueError(f"usage: {usage}; the options are those of evolve.py")
+    return line[0], line[1:]
+
+
+def markdown(title, head, lines):
+    """A title and a table, of text, as Markdown."""
+    rows = [head, ["---"] * len(head), *lines]
+    return f"\n### {title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def command(name, main):
+    """Run main(command line). What the user can mend ends in one line and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
