@@ -847,7 +847,7 @@ def prepare(config, shown=None):
     vector = pathlib.Path(config.eval) if config.eval and not shown else out
     found = {"gpt": load(home / "gpt.pt", {"config", "model"}, config.device),
              "namm": load(vector / "namm.pt", {"params", "mean", "std", "zero", "cost"}),
-             "progress": load(out / "progress.pt", {"stage"}, config.device)}
+             "progress": load(out / "progress.pt", {"stage"})}  # candidates are drawn on the CPU
     if found["gpt"]:
         check_sizes(config, found["gpt"]["config"], home)
     if (config.eval or shown) and not found["namm"]:
