@@ -922,7 +922,9 @@ def base_model(out, part, n_vocab, found, config, log):
         if not (out / "gpt.pt").exists():
             save(out / "gpt.pt", found["gpt"])
         return restored(found["gpt"], config.device)
-    progress, sizes = found["progress"], {name: getattr(config, name) for name in SIZES}
+    sizes, progress = {name: getattr(config, name) for name in SIZES}, found["progress"]
+    if progress and progress["stage"] != "training":  # the gpt.pt made then was deleted
+        progress = None
     first = progress["step"] if progress else 0
     torch.manual_seed(config.seed)
     gpt = GPT(GPTConfig(**sizes | {"vocab_size": n_vocab})).to(config.device)
