@@ -683,8 +683,9 @@ def parse(line=None):
                                      usage="python evolve.py [--preset NAME] [--OPTION VALUE ...]",
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=PRESETS, help="if not given, gpu where there is one")
+    settings = described()
     for f in dataclasses.fields(Config):
-        comment, choices = described()[f.name]
+        comment, choices = settings[f.name]
         default = ",".join(map(str, f.default)) if f.type is tuple else f.default
         kind = {tuple: numbers, str: words}.get(f.type, f.type)
         parser.add_argument("--" + f.name, type=kind, choices=choices, metavar="VALUE",
