@@ -911,7 +911,7 @@ def prepare(config, shown=None):
     vector = pathlib.Path(config.eval) if config.eval and not shown else out
     found = {"gpt": load(home / "gpt.pt", {"config", "model"}, config.device),
              "namm": load(vector / "namm.pt", {"params", "mean", "std", "zero", "cost"}),
-             "progress": load(out / "progress.pt", {"stage"}, config.device)}
+             "progress": load(out / "progress.pt", {"stage"})}  # candidates are drawn on the CPU
     if found["gpt"]:
         check_sizes(config, found["gpt"]["config"], home)
     if (config.eval or shown) and not found["namm"]:
@@ -987,7 +987,9 @@ def base_model(out, part, n_vocab, found, config, log):
         if not (out / "gpt.pt").exists():
             save(out / "gpt.pt", found["gpt"])
         return restored(found["gpt"], config.device)
-    progress, sizes = found["progress"], {name: getattr(config, name) for name in SIZES}
+    sizes, progress = {name: getattr(config, name) for name in SIZES}, found["progress"]
+    if progress and progress["stage"] != "training":  # the gpt.pt made then was deleted
+        progress = None
     first = progress["step"] if progress else 0
     torch.manual_seed(config.seed)
     gpt = GPT(GPTConfig(**sizes | {"vocab_size": n_vocab})).to(config.device)
