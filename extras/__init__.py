@@ -1,0 +1,1 @@
+"""Commands beside the lesson: `python -m extras.NAME`."""
