@@ -47,7 +47,7 @@ OURS = {theirs: row.split()[0] for row in NAMES.splitlines() for theirs in row.s
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-# --- 1. Any of them ------------------------------------------------------------------------------
+# --- 1. Any of them -------------------------------------------------------------------------------
 
 def load(path, dtype=torch.float32):
     """(gpt, encoding): a model.GPT in eval mode on the CPU; its tokenizer as a tiktoken.Encoding.
@@ -136,7 +136,7 @@ def tensor_at(path, shape, kind, offset):
     return torch.from_numpy(values).view(shape)
 
 
-# --- 2. GGUF -------------------------------------------------------------------------------------
+# --- 2. GGUF --------------------------------------------------------------------------------------
 
 # The types of tensors in the order of their numbers, and the layout of the blocks that are read.
 TYPES = ("F32 F16 Q4_0 Q4_1 4 5 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS "
@@ -185,8 +185,8 @@ def header(file):
 
 
 def scaling_of(factors, theta):
-    """GPTConfig.rope_scaling from what a GGUF file divides the rotary angles by, (D/2,). The largest
-    is Llama 3.1's factor; its other three numbers must be those of all Llamas, which is checked."""
+    """GPTConfig.rope_scaling from what a GGUF file divides rotary angles by, (D/2,). The largest is
+    Llama 3.1's factor; its other three numbers must be those of all Llamas, which is checked."""
     rounds = 8192 / (2 * np.pi) * theta ** (-np.arange(len(factors)) / len(factors))
     fast = ((rounds - 1) / 3).clip(0, 1)
     check(np.allclose(1 / (fast + (1 - fast) / factors.max()), factors, rtol=1e-4),
@@ -230,7 +230,7 @@ def gguf(path):
     return config, llama["context_length"], tensors, encoding
 
 
-# --- 3. Hugging Face -----------------------------------------------------------------------------
+# --- 3. Hugging Face ------------------------------------------------------------------------------
 
 # What config.json may say of these; null or nothing is the same.
 PLAIN = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
@@ -292,7 +292,7 @@ def huggingface(path):
     return sizes, config["max_position_embeddings"], tensors, encoding
 
 
-# --- 4. Meta -------------------------------------------------------------------------------------
+# --- 4. Meta --------------------------------------------------------------------------------------
 
 # What slow angles are divided by in a model of this width whose params.json says use_scaled_rope:
 # the number is not in it. Llama 3.1 and 3.3 have 8. The two small models of 3.2 have 32, as their

@@ -76,10 +76,10 @@ def from_merges(pre, tokens, merges, special, whole):
 
     tiktoken merges any two neighbours that form a token, the lowest id first; the original merges
     the pairs of its list only, the earliest first. Every text comes out the same if ids rise along
-    the list and the list merges the bytes of each token, on their own, to that token. (Say tiktoken
-    merges, for the first time, a pair that is not in the list. All merges so far within those two
-    were those of the token on its own; but for that the list goes on, with this pair.) A tokenizer
-    that never merges a piece that is a token, `whole`, must list all pairs that form a token.
+    the list and the list merges the bytes of each token, on their own, to that token. (Proof: take
+    the first pair that tiktoken merges and the list does not have. So far the bytes of those two
+    were merged as if on their own. The list then goes on to the token: it does have the pair.)
+    Where a piece that is a token is never merged, `whole`, it must have all pairs that form one.
     Raises ValueError if this does not hold, or `pre` is not in PATTERNS."""
     check(pre in PATTERNS, f"pre-tokenizer {pre} is not supported, only {', '.join(PATTERNS)}")
     for token in special:
@@ -141,8 +141,8 @@ def tokenizer_json(path):
 
 
 def tokenizer_model(path, scaled):
-    """The Encoding of Meta's file: a token in base64 and its rank in each line. It does not name
-    the 256 special tokens: they are Llama 3's or, in a model with scaled rotary angles, Llama 3.1's."""
+    """The Encoding of Meta's file: a token in base64 and its rank in each line. The 256 special
+    tokens are not in it. Their names are Llama 3's; with `scaled` rotary angles Llama 3.1's."""
     try:
         lines = [line.split() for line in path.read_text("ascii").splitlines()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
