@@ -38,7 +38,8 @@ def check(fine, problem):
 class Encoding(tiktoken.Encoding):
     """A tiktoken.Encoding in which some bytes may have no token: SmolLM2 lacks 21, six of them
     control characters. As the original does, it cuts the text into pieces, then drops such bytes
-    without a word, and merges what is left of each piece."""
+    without a word, and merges what is left of each piece. (tiktoken does not tell how it cuts; the
+    package regex cuts the same, but for letters of a later Unicode than tiktoken's.)"""
 
     def __init__(self, name, **parts):
         super().__init__(name, **parts)
