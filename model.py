@@ -39,6 +39,7 @@ class GPTConfig:
     n_hidden: int = 176  # width inside SwiGLU
     rope_theta: float = 500_000.0  # base of the rotary angles
     rope_scale: float = 1.0  # NTK scaling: stretches the slow angles so much, leaves the fast
+    rope_scaling: tuple = ()  # of Llama 3.1: factor, low and high frequency factor, trained length
     norm_eps: float = 1e-5
     tied: bool = True  # the output layer is the embedding
     smear: bool = True  # keys and queries mix in those just before; off in Llama
@@ -283,6 +284,11 @@ class GPT(nn.Module):
         c, D, device = self.config, self.config.head_dim, self.tok_embeddings.weight.device
         theta = c.rope_theta * c.rope_scale ** (D / (D - 2))
         speed = theta ** (-torch.arange(0, D, 2, device=device) / D)  # (D/2,) a token
+        if c.rope_scaling:  # slow angles are slowed by a factor
+            factor, low, high, length = c.rope_scaling
+            rounds = length * speed / (2 * math.pi)  # full turns in the trained length, (D/2,)
+            fast = ((rounds - low) / (high - low)).clamp(0, 1)  # 1: left alone, 0: slowed
+            speed = fast * speed + (1 - fast) * speed / factor
         angles = torch.arange(n, device=device)[:, None] * speed
         return torch.complex(angles.cos(), angles.sin())
 

@@ -126,8 +126,10 @@ def test_attention_weights_are_those_of_the_fused_path():
     alive = torch.rand(2, 3, 9) < 0.5
     alive[..., -5:] = True
     for mask in (None, alive):
-        out, received = model.attend(q, k, v, mask, weights=True)
-        torch.testing.assert_close(out, model.attend(q, k, v, mask)[0], atol=1e-5, rtol=1e-5)
+        out, received = model.attend(q, k, v, mask)
+        fused, none = model.attend_fused(q, k, v, mask)
+        torch.testing.assert_close(out, fused, atol=1e-5, rtol=1e-5)
+        assert none is None
         # with one-hot values the output is the weights
         seen = torch.ones(5, 9, dtype=torch.bool).tril(4).expand(2, 3, 5, 9)
         if mask is not None:
@@ -234,23 +236,23 @@ def test_spectrogram_is_torch_stft_however_the_text_is_cut():
     series = torch.rand(2, 3, 160, 5)  # (B,K,T,S)
     rows = F.pad(series.permute(0, 1, 3, 2).flatten(0, 2), (16, 0))
     want = torch.stft(rows, 32, 16, window=torch.hann_window(32), center=False, return_complex=True)
-    want = want.abs().transpose(1, 2).reshape(2, 3, 5, 10, 17)
+    want = want.abs().unflatten(0, (2, 3, 5)).permute(0, 1, 4, 3, 2)  # (B,K,frames,F,S)
     for cut in ([160], [16] * 10, [48, 16, 96]):
         before, got = torch.zeros(2, 3, 16, 5), []
         for piece in series.split(cut, dim=2):
             got.append(namm.spectrogram(torch.cat([before, piece], dim=2)))
             before = piece[:, :, -16:]
-        torch.testing.assert_close(torch.cat(got, dim=3), want, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(torch.cat(got, dim=2), want, atol=1e-5, rtol=1e-4)
 
 
 def test_moving_average_by_hand():
     """Catches: a decay in the wrong direction, a missing (1 - gamma), an old term that does not
     decay."""
     gamma = 0.99 ** 16
-    magnitudes, old = torch.rand(1, 1, 2, 3, 17), torch.rand(1, 1, 2, 17)
+    magnitudes, old = torch.rand(1, 1, 3, 17, 2), torch.rand(1, 1, 17, 2)
     want = old.clone()
     for frame in range(3):
-        want = gamma * want + (1 - gamma) * magnitudes[:, :, :, frame]
+        want = gamma * want + (1 - gamma) * magnitudes[:, :, frame]
     torch.testing.assert_close(namm.moving_average(magnitudes, old, gamma), want)
 
 
@@ -285,18 +287,20 @@ def naive_bam(x, p):
 
 
 def test_bam_scores_equal_the_naive_loop():
-    """Also with dead slots on the left. Catches: a mask the wrong way round, residual and
+    """Also with dead slots on the left, and beside another layer. Catches: a mask the wrong way round, residual and
     multiplier swapped, the vector unpacked in another order, one candidate's weights applied to
-    another's rows, dead padding that live slots attend to."""
+    another's rows, dead padding that live slots attend to, layers that see each other."""
     torch.manual_seed(0)
     x, params = torch.randn(6, 2, 11, 25), 0.3 * torch.randn(3, 4172)  # 3 candidates x 2 prompts
-    got = namm.bam_scores(x, params)
+    got = namm.bam_scores(x, params, [11])
     for row in range(6):
         for head in range(2):
             want = naive_bam(x[row, head], params[row // 2])
             torch.testing.assert_close(got[row, head], want, atol=1e-4, rtol=1e-4)
-    padded = torch.cat([100 * torch.randn(6, 2, 4, 25), x], dim=2)
-    torch.testing.assert_close(namm.bam_scores(padded, params)[:, :, 4:], got, atol=1e-5, rtol=1e-5)
+    padded = torch.cat([x[:, :, 3:], 100 * torch.randn(6, 2, 4, 25), x], dim=2)
+    both = namm.bam_scores(padded, params, [8, 15])
+    torch.testing.assert_close(both[:, :, 12:], got, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(both[:, :, :8], got[:, :, 3:], atol=1e-5, rtol=1e-5)
 
 
 def naive_namm(gpt, tokens, delay, p, mean, std, capacity, opened, squash):
@@ -365,6 +369,19 @@ def test_population_in_one_pass_equals_one_candidate_at_a_time(capacity, frames,
     assert min(shares) < 0.08 < max(shares)  # the test saw heads that evict and that keep
 
 
+class Slots:
+    """A layer's cache of which only `alive` (B,K,S) counts."""
+
+    def __init__(self, like):
+        self.alive = torch.ones_like(like, dtype=torch.bool)
+
+
+def who_stays(scores, threshold, budgets, shared=False):
+    """namm.stays by scores [(B,K,S)] of each layer: [(B,K,S)] bool."""
+    cache = [Slots(own) for own in scores]
+    return namm.stays(cache, torch.cat(scores, dim=2), threshold, budgets, shared)[1]
+
+
 def test_layers_that_share_their_slots_keep_the_best_of_all():
     """Two layers of unequal size against sorted lists: the newest of each head, then the best
     wherever they are. And in whole caches: each row holds what it may, over all layers, and each
@@ -372,7 +389,7 @@ def test_layers_that_share_their_slots_keep_the_best_of_all():
     dead slots that take a place, heads that part where scores are equal."""
     torch.manual_seed(3)
     scores = [torch.randn(2, 2, 5), torch.randn(2, 2, 3)]
-    kept = namm.keep_best_of_all([own.clone() for own in scores], 7)
+    kept = who_stays(scores, -math.inf, [3, 0.5], shared=True)
     for row in range(2):
         every = {(l, k, s): scores[l][row, k, s].item() for l in (0, 1) for k in (0, 1)
                  for s in range((5, 3)[l])}
@@ -395,7 +412,8 @@ def test_layers_that_share_their_slots_keep_the_best_of_all():
     assert all(together == alone for together, alone in lives.values()) and len(lives) == 4
     assert len({len(head) for head in lives[0, 0][0]}) > 2  # the heads really differ
     equal = [torch.zeros(1, 2, 6), torch.zeros(1, 2, 6)]
-    for own, count in zip(namm.keep_best_of_all(equal, 10), (1, 4)):  # upper layers, newer slots
+    pooled = who_stays(equal, 0.0, [2, 3], shared=True)
+    for own, count in zip(pooled, (1, 4)):  # upper layers, newer slots
         assert own[0].tolist() == [[False] * (6 - count) + [True] * count] * 2
 
 
@@ -414,9 +432,11 @@ def test_a_score_that_is_no_number_is_the_worst(budget, want):
     """Catches: NaN, which sorts above infinity, that pushes the newest slot out, or stays
     itself."""
     scores = torch.tensor([[[math.nan, 2.0, 3.0, math.nan, 1.0, -5.0]]])
-    assert namm.keep_best(scores, budget)[0, 0].nonzero()[:, 0].tolist() == want
-    assert namm.keep_mask(scores)[0, 0].tolist() == [False, True, True, False, True, True]
-    assert namm.keep_best_of_all([scores, scores - 10], budget + 1)[0][0, 0, -1]
+    [stays] = who_stays([scores], -math.inf, [budget])
+    assert stays[0, 0].nonzero()[:, 0].tolist() == want
+    [stays] = who_stays([scores], 0.0, [0])
+    assert stays[0, 0].tolist() == [False, True, True, False, True, True]
+    assert who_stays([scores, scores - 10], -math.inf, [budget, 1], shared=True)[0][0, 0, -1]
 
 
 @pytest.mark.parametrize("opened", [True, False])
@@ -430,9 +450,9 @@ def test_statistics_are_those_of_all_spectra(opened):
     @layer_by_layer
     def manage(layer, cache, received):
         _, [keep] = collect([cache], [received])
-        spectrum = cache.state["spectrum"]
+        tail, spectrum = cache.state["memory"].split([16, 17], dim=-1)
         if opened:
-            half = torch.fft.rfft(F.pad(cache.state["tail"], (0, 16)) * torch.hann_window(32))
+            half = torch.fft.rfft(F.pad(tail, (0, 16)) * torch.hann_window(32))
             spectrum = gamma * spectrum + (1 - gamma) * half.abs()
         seen.append(spectrum.flatten(0, 2))
         return keep
@@ -1186,7 +1206,8 @@ def test_watch_tells_who_stays_and_by_what_score(parts):
             alive = layer.alive[row, 0]
             at = layer.positions[row, 0][alive]
             assert at.tolist() == fate["lives"][row, 0].nonzero()[:, 0].tolist()
-            assert torch.equal(fate["spectrum"][row, 0, at], layer.state["spectrum"][row, 0][alive])
+            spectrum = layer.state["memory"][row, 0, :, 16:][alive]
+            assert torch.equal(fate["spectrum"][row, 0, at], spectrum)
         kept.append(stays.float().mean().item())
     assert 0 < min(kept) < max(kept) < 1
 
