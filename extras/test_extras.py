@@ -285,6 +285,11 @@ def test_stream_by_hand(loud):
     rows = probes.stream(gpt, solution, parts["report"], config)
     assert [row["method"] for row in rows[::2]] == list(probes.STREAMED)
     assert {(row["from"], row["to"]) for row in rows} == {(0, 64), (64, 128)}
+    rng, n = np.random.default_rng([config.seed, 6]), 128
+    text = torch.from_numpy(np.stack([parts["report"].text(rng, n) for _ in (0, 1)])).long()
+    bits, _ = probes.bits_per_token(gpt, text, config, None)
+    got = [row["bits"] for row in rows if row["method"] == "full"]
+    assert got == pytest.approx([bits[:, :64].mean().item(), bits[:, 64:].mean().item()])
     share = {row["method"]: row["cache"] for row in rows}
     assert share["full"] == 1 and share["namm"] < 0.5
     for rule in ("recent", "streaming", "h2o", "tova"):
@@ -358,15 +363,16 @@ def test_marks_change_nothing(loud):
     """The manager that the profiler sees. Catches: a benchmark of something other than NAMM."""
     config, gpt, solution, parts = loud
     text, seen = torch.from_numpy(parts["report"].tokens[:96])[None].long(), []
-    for config.capacity in (8, 0):
-        solution.zero = 0.1
+    solution.zero = 0.1
+    for config.capacity, config.slots in ((8, "shared"), (8, "own"), (0, "own")):
         for manage in (evolve.manager(solution, config), bench.marked(solution, config)):
             cache = gpt.new_cache(1, True)
             model.read(gpt, text, cache, 16, manage)
             seen.append([layer.keys for layer in cache])
-    for one, other in (seen[:2], seen[2:]):
+    for one, other in zip(seen[::2], seen[1::2]):
         assert all(torch.equal(a, b) for a, b in zip(one, other))
-    assert not all(a.shape == b.shape for a, b in zip(seen[0], seen[2]))
+    shapes = [[keys.shape for keys in own] for own in seen[::2]]
+    assert shapes[0] != shapes[1] != shapes[2] != shapes[0]
 
 
 def test_bench_prints_every_row(finished, monkeypatch, capsys):
