@@ -389,12 +389,12 @@ def test_layers_that_share_their_slots_keep_the_best_of_all():
     dead slots that take a place, heads that part where scores are equal."""
     torch.manual_seed(3)
     scores = [torch.randn(2, 2, 5), torch.randn(2, 2, 3)]
-    kept = who_stays(scores, -math.inf, [3, 0.5], shared=True)
+    kept = who_stays(scores, -math.inf, [3, 1], shared=True)
     for row in range(2):
         every = {(l, k, s): scores[l][row, k, s].item() for l in (0, 1) for k in (0, 1)
                  for s in range((5, 3)[l])}
         want = {(0, 0, 4), (0, 1, 4), (1, 0, 2), (1, 1, 2)}
-        want |= set(sorted(every.keys() - want, key=every.get)[-3:])
+        want |= set(sorted(every.keys() - want, key=every.get)[-4:])
         assert want == {place for place in every if kept[place[0]][row, place[1], place[2]]}
     gpt, tokens, params = tiny_gpt(n_layer=3), some_tokens(2, 96), 0.2 * torch.randn(2, 4172)
     params[:, -1] += 99.0  # all scores above 0: the budget alone decides
@@ -906,12 +906,12 @@ def test_words_to_recall_were_read_before_and_are_asked_for(parts):
 
 @pytest.mark.parametrize("done, lengths", [(0.1, {64}), (0.3, {64, 128}), (0.9, {64, 128, 256})])
 def test_lessons_grow_longer(parts, done, lengths):
-    """Catches: long prompts too early, steps of unequal cost, heads asked before they have learned
-    anything, a longest length that is rare in the end."""
+    """Catches: long prompts too early, steps of unequal cost, a longest length that is rare in the
+    end."""
     met = []
     for seed in range(30):
         batch, words = data.lesson(parts[2]["train"], np.random.default_rng(seed), done, 256, 512, 0.2)
-        assert batch.tokens.numel() == 512 and (words >= 0).any() == (done > 0.25)
+        assert batch.tokens.numel() == 512 and (words >= 0).any()
         met.append(batch.tokens.shape[1])
     assert set(met) == lengths and (done < 0.5 or 0.5 < met.count(256) / 30 < 0.85)
 
@@ -1246,7 +1246,7 @@ def test_stages_add_a_task_each(parts, monkeypatch):
 
     def fitness(gpt, own, best, part, tasks, *rest):
         asked.append(" ".join(tasks))
-        return torch.rand(len(own.params) if own else 1), 0.5
+        return torch.rand(len(torch.atleast_2d(own.params)) if own else 1), 0.5
 
     monkeypatch.setattr(evolve, "fitness", fitness)
     config = settings(evolve_on="copy,lm,kv", stages=2, generations=4, validate=4)
@@ -1260,7 +1260,7 @@ def test_fitness_that_is_never_a_number_leaves_the_start(parts, monkeypatch):
     """As where the full cache scores nothing at all. Catches: a run that ends without a vector, or
     with one chosen by nothing."""
     monkeypatch.setattr(evolve, "fitness", lambda gpt, own, *rest: (
-        torch.full((len(own.params) if own else 1,), torch.nan), 0.5))
+        torch.full((len(torch.atleast_2d(own.params)) if own else 1,), torch.nan), 0.5))
     made, cost = evolve.evolve(small_gpt(parts), parts[2], settings(), quiet, None, quiet)
     assert torch.equal(made.params, torch.zeros(4172))
     assert cost["passed the full cache at generation"] is None
@@ -1398,11 +1398,10 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(smoke):
     out, command = smoke
     results = read_json(out / "results.json")
     rows = {(row["method"], row["task"], row["length"]): row for row in results["report"]}
-    near = ("full ntk namm namm_uncapped streaming h2o tova snapkv tova+pool snapkv+pool "
-            "recent_attention+pool recent+lastlayer snapkv+lastlayer recent_attention+lastlayer").split()
-    far = set(near) - {"streaming", "h2o", "recent+lastlayer"}
+    methods = ("namm namm_uncapped full ntk h2o+pool tova+pool snapkv+pool recent_attention+pool "
+               "snapkv+lastlayer recent_attention+lastlayer").split()
     assert set(rows) == {(method, task, length) for length in (64, 256, 512) for task in data.TASKS
-                         for method in (near if length < 512 else far)}
+                         for method in methods}
     for (method, task, length), row in rows.items():
         keys = "method task length score logprob relative cache seed lead lead_se seconds".split()
         assert set(row) == {*keys, *["depths"] * (task == "needle")}
@@ -1439,7 +1438,7 @@ def test_a_base_brings_its_sizes_and_no_more(smoke, corpus, tmp_path):
     line = ["--device", "cpu", "--base", smoke[0], "--report_at", "1", "--out", smoke[0].parent / "x"]
     config, _, parts, _ = prepared(*line, "--corpus", corpus)
     sizes = config.n_embd, config.head_dim, config.length, config.steps
-    assert sizes == (32, 8, 64, 1500)
+    assert sizes == (32, 8, 64, evolve.Config.steps)
     (tmp_path / "text").mkdir()
     for number in range(200):  # the same words, but others are frequent
         source = (corpus / "test_namm.py").read_text().split()[number::7]
@@ -1570,7 +1569,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, corpus):
             found = evolve.prepare(dataclasses.replace(config, device="meta"), shown)[2]
             assert found["progress"]["es"]["mean"].device.type == "cpu"
     log = (killed / "log.txt").read_text()
-    assert "from step 100" in log and log.count("    0/3") == 1
+    assert "from step 100" in log and log.count("   0/3 | sigma") == 1
     assert finish(*never_stopped).returncode == 0
     for name in ("gpt.pt", "namm.pt"):
         a, b = (torch.load(folder / name, weights_only=True) for folder in (whole, killed))
