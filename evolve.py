@@ -634,8 +634,8 @@ class Config:
     n_hidden: int = 176  # width inside SwiGLU
     # training it
     length: int = 256  # training length, in tokens
-    steps: int = 1100  # training steps
-    batch_tokens: int = 2048  # tokens in a training step
+    steps: int = 900  # training steps
+    batch_tokens: int = 4096  # tokens in a training step
     lr: float = 1.2e-2  # peak learning rate; of the matrices of layers twice that
     recall: float = 0.25  # share of the places, long words aside, where a head must recall a word
     # the cache
