@@ -1012,7 +1012,7 @@ def base_model(out, part, n_vocab, found, config, log):
           config.rows * config.length, progress,
           lambda state: save(out / "progress.pt", state | {"stage": "training"}))
     save(out / "gpt.pt", {"config": vars(gpt.config), "model": gpt.state_dict()})
-    log(f"{len(lessons) * config.batch_tokens:,} tokens of training in {time.time() - start:.0f} s")
+    log(f"{len(lessons):,} steps of training in {time.time() - start:.0f} s")
     return gpt.eval()
 
 
