@@ -1387,8 +1387,8 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(smoke):
     results = read_json(out / "results.json")
     rows = {(row["method"], row["task"], row["length"]): row for row in results["report"]}
     near = ["full", "ntk", "namm", "namm_uncapped", "streaming", "h2o", "tova", "snapkv",
-            "tova+pool", "snapkv+pool", "recent_attention+pool", "recent+lastlayer", "snapkv+lastlayer",
-            "recent_attention+lastlayer"]
+            "tova+pool", "snapkv+pool", "recent_attention+pool", "recent+lastlayer",
+            "snapkv+lastlayer", "recent_attention+lastlayer"]
     far = set(near) - {"streaming", "h2o", "recent+lastlayer"}
     assert set(rows) == {(method, task, length) for length in (64, 256, 512) for task in data.TASKS
                          for method in (near if length < 512 else far)}
