@@ -869,11 +869,11 @@ def test_depth_finds_the_needle(parts):
 
 
 def test_fact_positions_by_hand():
-    """Key 7 has value 8, key 5 has 9 6; the 8 and the 9 elsewhere say nothing. Catches: any
+    """Key 7 has value 8, key 5 has 9 6; the 8 and the 9 6 before them say nothing. Catches: any
     occurrence of a word taken for the fact, answers of several tokens cut short."""
-    tokens = np.array([8, 1, 7, 8, 1, 5, 9, 6, 9, 1, 7, 8, 1, 5, 9, 6])
+    tokens = np.array([1, 8, 7, 8, 9, 6, 5, 9, 6, 1, 7, 8, 1, 5, 9, 6])
     answer = np.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 2, 2])
-    assert data.fact_positions(tokens, answer, 9).tolist() == [3, 6, 7]
+    assert data.fact_positions(tokens, answer, 9).tolist() == [3, 7, 8]
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -917,12 +917,13 @@ def test_lessons_grow_longer(parts, done, lengths):
     """Catches: long prompts too early, steps of unequal cost, a longest length that is rare in the
     end."""
     met = []
-    for seed in range(30):
-        rng = np.random.default_rng(seed)
+    for seed in range(100):
+        rng = np.random.default_rng([seed, 7])
         batch, words = data.lesson(parts[2]["train"], rng, done, 256, 512, 0.2)
         assert batch.tokens.numel() == (256 if done < 0.35 else 512) and (words >= 0).any()
         met.append(batch.tokens.shape[1])
-    assert set(met) == lengths and (done < 0.5 or 0.5 < met.count(256) / 30 < 0.85)
+    assert set(met) == lengths
+    assert done < 0.5 or 0.55 < met.count(256) / 100 < 0.8
 
 
 def test_recall_is_asked_of_one_head_alone(parts):
