@@ -1406,8 +1406,8 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(smoke):
     out, command = smoke
     results = read_json(out / "results.json")
     rows = {(row["method"], row["task"], row["length"]): row for row in results["report"]}
-    methods = ("namm namm_uncapped full ntk h2o+pool tova+pool snapkv+pool recent_attention+pool "
-               "snapkv+lastlayer recent_attention+lastlayer").split()
+    methods = ("namm namm_uncapped full ntk tova+pool snapkv+pool recent_attention+pool "
+               "snapkv+lastlayer").split()
     assert set(rows) == {(method, task, length) for length in (64, 256, 512) for task in data.TASKS
                          for method in methods}
     for (method, task, length), row in rows.items():
