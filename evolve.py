@@ -1116,7 +1116,8 @@ def main():
     except FloatingPointError as error:
         refuse(f"{error}, with another --out, or delete {out}")
     except torch.OutOfMemoryError:
-        refuse(f"out of memory; {go_on} --rows {max(1, config.rows // 2)} goes on")
+        fewer = f"{go_on} --rows {config.rows // 2} goes on"
+        refuse("out of memory; " + (fewer if config.rows > 1 else "give a smaller --length"))
     except OSError as error:
         refuse(f"{error}; once that is mended, {go_on} goes on")
 

@@ -1732,3 +1732,39 @@ def test_bad_input_ends_in_a_line_and_leaves_nothing(broken, tmp_path, monkeypat
              *line.format(broken).split(" ")]
     lines = main(monkeypatch, capsys, *words)
     assert says in "".join(lines) and len(lines) <= 2 and not (tmp_path / "out").exists()
+
+
+# --- README --------------------------------------------------------------------------------------
+
+def readme(kind):
+    """The code blocks of a kind in README."""
+    text = pathlib.Path("README.md").read_text("utf-8")
+    return re.findall(rf"```{kind}\n(.*?)```", text, re.S)
+
+
+def test_the_changes_that_readme_shows_work(tmp_path, corpus):
+    """Every diff of README, applied to a copy, which must report on the new task and rule. Catches:
+    a recipe that no longer fits the code."""
+    for name in ("namm.py", "model.py", "evolve.py", "data.py"):
+        shutil.copy(name, tmp_path)
+    for diff in readme("diff"):
+        sides = []
+        for keep in (" -", " +"):
+            sides.append("".join(line[1:] + "\n" for line in diff.splitlines() if line[0] in keep))
+        [path] = [path for path in tmp_path.glob("*.py") if sides[0] in path.read_text()]
+        path.write_text(path.read_text().replace(*sides))
+    line = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--report_at", "1",
+            "--evolve_at", "1", "--methods", "namm,full,loud+pool"]
+    done = subprocess.run([sys.executable, "evolve.py", *map(str, line)], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = read_json(tmp_path / "runs/smoke/results.json")["report"]
+    assert ("owner", "loud+pool") in {(row["task"], row["method"]) for row in report}
+
+
+def test_the_token_that_readme_scores_by_hand_scores_so(capsys):
+    """Catches: a README that explains another method than the code has."""
+    [code] = readme("python")
+    exec(code, {})
+    by_hand, by_the_code = re.findall(r"-?\d+\.\d+", capsys.readouterr().out)
+    assert float(by_hand) == pytest.approx(float(by_the_code), abs=1e-3)
