@@ -341,7 +341,8 @@ def generation(gpt, es, solution, best, part, config, g):
     """Candidates, their fitness on fresh prompts, and what CMA-ES makes of it; their numbers."""
     rng = np.random.default_rng([config.seed, 2, g])
     got, kept = fitness(gpt, solution(es.ask()), best, part, tasks_at(g, config),
-                        lambda rng: [rng.choice(lengths_at(g, config))], config.prompts, rng, config)
+                        lambda rng: [rng.choice(lengths_at(g, config))], config.prompts, rng,
+                        config)
     es.tell(got)
     return {"candidates": got.mean().item(), "best": got.max().item(), "cache": kept}
 
@@ -394,7 +395,7 @@ def evolve(gpt, parts, config, log, state, keep, kind=Solution):
     es.load_state_dict(state["es"])
     start, last, first = time.time() - state["seconds"], config.generations, state["next"]
     for g in tqdm(range(first, last + 1), "evolve", last + 1, initial=first, mininterval=1,
-                  dynamic_ncols=True, disable=True if world()[0] else None):
+                  disable=True if world()[0] else None):
         point = {"generation": g, "sigma": es.sigma}
         if g:
             point |= generation(gpt, es, solution, best, parts["evolve"], config, g)
@@ -410,9 +411,8 @@ def evolve(gpt, parts, config, log, state, keep, kind=Solution):
         log(progress(point, last, state["seconds"]))
         if es.diagonal or "mean" in point:  # a full covariance is 139 MB
             keep(state | {"next": g + 1, "es": es.state_dict()})
-    cost = cost_of(state, full.item(), config)
+    made, cost = solution(state["chosen"]), cost_of(state, full.item(), config)
     log(f"evolution: {as_json(cost)}")
-    made = solution(state["chosen"])
     if config.capacity:
         made.zero = calibrate_threshold(gpt, made, parts["choose"], config, log, validate)
     return made, cost | {"history": state["history"]}
