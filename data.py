@@ -25,7 +25,7 @@ import numpy as np
 import tiktoken
 import torch
 
-# How text is cut before byte pairs are merged: words, digits, runs of marks, line ends, white space.
+# How text is cut before byte pairs are merged: words, digits, runs of marks, line ends, other blanks.
 # At most 16 characters: in scripts without spaces a word is as long as a sentence.
 PATTERN = r" ?[^\W\d_]{1,16}| ?\d| ?[^\s\w]{1,16}|_{1,16}|\s{0,15}\n|\s{1,16}"
 SUFFIXES = (".txt", ".md", ".rst", ".py")

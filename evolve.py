@@ -406,8 +406,7 @@ def evolve(gpt, parts, config, log, state, keep, kind=Solution):
             point |= {"mean": value.item(), "its cache": kept}
             if g and (value > state["highest"] or config.pick == "last"):
                 state |= {"highest": value.item(), "chosen": chosen}
-        state["history"].append(point)
-        state["seconds"] = time.time() - start
+        state |= {"history": [*state["history"], point], "seconds": time.time() - start}
         log(progress(point, last, state["seconds"]))
         if es.diagonal or "mean" in point:  # a full covariance is 139 MB
             keep(state | {"next": g + 1, "es": es.state_dict()})
