@@ -8,7 +8,6 @@
 # One to two minutes, 600 MB in a temporary folder.
 set -euo pipefail
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-export TRANSFORMERS_VERBOSITY=error
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 for number in 5.24.0 4.57.6; do
