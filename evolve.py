@@ -650,7 +650,7 @@ class Config:
     squash: str = "asinh"  # asinh|none: of the normalised spectrum
     # evolution
     evolve_on: str = "passage,kv,copy"  # tasks; all others in the report are new to the manager
-    generations: int = 20  # generations
+    generations: int = 40  # generations
     stages: int = 1  # 1: all tasks from the start; more: one more task in each equal stage
     popsize: int = 16  # candidates in a generation
     sigma: float = 0.6  # first step size, over the root of the number of a weight's inputs
