@@ -71,6 +71,7 @@ TYPES = ["Other", "Other entity", "entity", "Date"]
     ("hotpotqa", "Paris is the capital", ["London", "Paris"], None, 1 / 2),    # of 3 and of 1
     ("hotpotqa", "no no no", ["no no yes"], None, 2 / 3),      # a word counts as often as in both
     ("hotpotqa", "The", ["the"], None, 0),                     # nothing is left of the answer
+    ("hotpotqa", "an apple", ["Apple"], None, 1),
     ("hotpotqa", "well known", ["well-known"], None, 0),
     ("hotpotqa", "", ["Paris"], None, 0),
     ("hotpotqa", "Paris\nQuestion: who", ["Paris"], None, 1 / 2),              # all lines count
@@ -158,7 +159,7 @@ def test_files_and_templates_that_cannot_be(tmp_path):
         jsonl.read(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="empty"):
         lines_of(tmp_path, "x.jsonl", "")
-    for template in ("Q: {input}", "{input} {context} A:", "{context}{input}", "{context}{context}!"):
+    for template in ("Q: {input}", "{input} {context} A:", "{context}{input}", "{context}" * 2):
         with pytest.raises(ValueError, match="--template"):
             lines_of(tmp_path, "x.jsonl", longbench(), template=template)
 
@@ -286,6 +287,7 @@ def test_report_worked_by_hand(gpt, monkeypatch):
     def generate(gpt, tokens, count, block, manage, weights, renumber):
         text = ENCODING.decode(tokens[0].tolist())
         assert (count, block) == (6 if "Q3" in text else 32, 16 if manage else len(text))
+        assert weights == (manage is not None) and renumber
         text = (other if manage else full)[text[-2:]]
         return torch.tensor([ENCODING.encode(text, allowed_special="all")])
 
@@ -294,7 +296,7 @@ def test_report_worked_by_hand(gpt, monkeypatch):
              jsonl.Line("musique", "c" * 20, "Q2", ["Rome", "Paris"], None),
              jsonl.Line("passkey", "c" * 20, "Q3", ["71432"], None)]
     methods = {"h2o": namm.baseline("h2o", 8), "full": None}
-    rows = jsonl.report(gpt, ENCODING, methods, lines, 4096, 16)
+    rows = jsonl.report(gpt, ENCODING, methods, lines, 4096, 16, renumber=True)
     assert [(row["dataset"], row["method"], row["n"]) for row in rows] == [
         ("musique", "h2o", 2), ("musique", "full", 2), ("passkey", "h2o", 1),
         ("passkey", "full", 1)]
