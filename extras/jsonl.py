@@ -177,7 +177,7 @@ def parse(raw, stem, template):
     if not answers or not text or not str(answers[0]).strip():
         raise ValueError("no answer, or one that is no text")
     answers, classes = [str(x) for x in answers], fields.get("all_classes")
-    metric = DATASETS.get(dataset, OTHER)[1]
+    values, metric = {"input": question}, DATASETS.get(dataset, OTHER)[1]
     before, _, after = (template or TEMPLATES[dataset]).partition("{context}")
     if metric is numbers and not all(len(re.findall(r"\d+", x)) == 1 for x in answers):
         raise ValueError(f"an answer to {dataset} holds one number")
@@ -189,8 +189,9 @@ def parse(raw, stem, template):
             raise ValueError(f"{dataset} needs four `options`, one of them the answer")
         answers = ["ABCD"[options.index(answers[0])], answers[0]]
         for letter, option in zip("ABCD", options):
-            after = after.replace(f"{{OPTION_{letter}}}", str(option))
-    return Line(dataset, before + context, after.replace("{input}", question), answers, classes)
+            values["OPTION_" + letter] = str(option)
+    question = re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), after)
+    return Line(dataset, before + context, question, answers, classes)
 
 
 def new_tokens(line):

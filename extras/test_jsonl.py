@@ -179,10 +179,11 @@ def test_lines_become_context_question_and_answers(tmp_path):
     assert one.answers == ["34"] and one.context.endswith('"g7-h8"}')
     assert one.question.startswith('\n\n\nKey: "a1') and one.question.endswith("key is: ")
 
-    line = infinitebench(options=OPTIONS, answer=["The dairy"], input="Where?")
+    options = ["{input}", *OPTIONS[1:]]
+    line = infinitebench(options=options, answer=["The dairy"], input="Where?")
     [one] = lines_of(tmp_path, "longbook_choice_eng.jsonl", line)
     assert one.answers == ["C", "The dairy"]
-    assert "Question: Where?\nA. Snowfield\nB. St. Paul\nC. The dairy\nD. Walking" in one.question
+    assert "Question: Where?\nA. {input}\nB. St. Paul\nC. The dairy\nD. Walking" in one.question
 
     template = "Text: {context}\nQ: {input}\nA:"
     [one] = lines_of(tmp_path, "x.jsonl", longbench("mine"), template=template)
