@@ -1,9 +1,17 @@
-"""Lines of LongBench and InfiniteBench as prompts, and the benchmarks' own scores of greedy text.
+"""python -m extras.jsonl RUN FILE ...: a finished run on lines of LongBench and InfiniteBench.
+
+    --template T     a prompt with {context} and {input}, for other lines (\\n in it ends a line)
+    --length N       tokens before the answer; longer prompts lose their middle. If not given, as
+                     many as the GPT was trained to read, or the longest of the run's own report
+    --evolve FOLDER  first evolve a NAMM on prompts of N tokens from some of the lines
+    and options of evolve.py, such as --capacity 40, or, to evolve, --generations 20
 
   1. metrics        a model's text and a true answer -> a score from 0 to 1
   2. read, score    the lines of a file, checked; what a text is worth for one of them
   3. prompts        tokens: a context that is read and compressed, then a question, then an answer
   4. write, report  greedy text, and every method's score on the same prompts
+  5. evolve_on      lines as tasks to evolve on: the likelihood of the first answer counts
+  6. main           the command, which prints the benchmarks' own scores, raw and relative
 
 Sources: github.com/THUDM/LongBench at 2e00731 (LongBench/config, pred.py, eval.py, metrics.py) and
 github.com/OpenBMB/InfiniteBench at 88b3daa (src/prompt.py: the templates of yarn_mistral;
@@ -11,6 +19,8 @@ eval_utils.py, compute_scores.py). jsonl_templates.json holds their templates wo
 included; InfiniteBench's {question} is {input} there. Letters: L tokens, n of them the context.
 """
 
+import argparse
+import hashlib
 import itertools
 import json
 import pathlib
@@ -18,13 +28,16 @@ import re
 import statistics
 import string
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from tqdm import tqdm
 
+import data
+import evolve
 from data import Batch
-from model import generate, kept
+from extras import runs
+from model import generate
 
 TEMPLATES = json.loads(pathlib.Path(__file__).with_name("jsonl_templates.json").read_text("utf-8"))
 
@@ -211,16 +224,24 @@ def score(line, text):
 
 # --- 3. Lines as tokens ---------------------------------------------------------------------------
 
+def in_tokens(line, encoding):
+    """[token] of a line's context, question and first answer. Context and question are encoded
+    apart, because the context is read alone. The answer comes after a space, unless white space or
+    a character beyond ASCII is before it."""
+    last = line.question[-1]
+    space = "" if last.isspace() or not last.isascii() else " "
+    texts = line.context, line.question, space + line.answers[0]
+    return [encoding.encode_ordinary(text) for text in texts]
+
+
 def prompts(lines, encoding, length, delay):
     """Each line as a data.Batch of one row: tokens (1,L) of context, question and first answer.
 
     Of more than `length` tokens before the answer, the first and the last half stay: LongBench's
-    cut. Context and question are encoded apart, because the context is read alone. The answer comes
-    after a space, unless white space or a character beyond ASCII is before it. Raises ValueError
-    for a line whose context has fewer than `delay` tokens."""
+    cut. Raises ValueError for a line whose context has fewer than `delay` tokens."""
     rows = []
     for line in lines:
-        context, question = map(encoding.encode_ordinary, (line.context, line.question))
+        context, question, answer = in_tokens(line, encoding)
         tokens, n, half = context + question, len(context), length // 2
         if len(tokens) > length:
             tokens = tokens[:half] + tokens[-half:]
@@ -228,9 +249,6 @@ def prompts(lines, encoding, length, delay):
         if n < delay:
             raise ValueError(f"{line.where}: the context has {n} tokens, a block {delay}: nothing "
                              "would be evicted; leave the line out, or lower --delay")
-        last = line.question[-1]
-        space = "" if last.isspace() or not last.isascii() else " "
-        answer = encoding.encode_ordinary(space + line.answers[0])
         marks = torch.tensor([[0] * len(tokens) + [1] * len(answer)])
         rows.append(Batch(torch.tensor([tokens + answer]), marks, n, [line.dataset]))
     return rows
@@ -247,37 +265,177 @@ def write(gpt, encoding, prompt, count, delay, manage=None, renumber=False):
 
     def manage_context(cache, received):
         nonlocal share
-        seen = cache[0].seen
-        if seen <= n:                                          # the block holds no question
-            manage(cache, received)
-            share = (kept(cache).item() * seen + n - seen) / n
+        seen, alive = cache[0].seen, torch.cat([layer.alive for layer in cache], dim=2)
+        if seen > n:                                           # the block holds a question
+            return None, [layer.alive for layer in cache]
+        scores, keep = manage(cache, received)
+        stay = (torch.cat(list(keep), dim=2) & alive).sum() / (len(cache) * alive.shape[1])
+        share = (stay.item() + n - seen) / n
+        return scores, keep
 
     tokens = prompt.tokens[prompt.answer == 0][None].to(gpt.tok_embeddings.weight.device)
     block = delay if manage else tokens.shape[1]               # without a manager, in one go
-    written = generate(gpt, tokens, count, block, manage and manage_context, bool(manage), renumber)
+    written = generate(gpt, tokens, count, block, manage and manage_context, renumber)
     ends = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
     text = itertools.takewhile(lambda token: token not in ends, written[0].tolist())
     return encoding.decode(list(text)), share
 
 
-def report(gpt, encoding, methods, lines, length, delay, renumber=False):
+METHODS = ("namm", "namm_uncapped", "full", "ntk", "tova+pool", "snapkv+pool",
+           "recent_attention+pool")
+
+
+def report(gpt, solution, encoding, lines, config, length, trained, methods=METHODS):
     """Every method on the same prompts: [{dataset, method, score, relative, cache, n}].
 
-    methods {name: manager, or None for the full cache}, one of them called "full". score: mean over
-    the n lines; relative: that over the one of "full", None where it is 0; cache: mean share of the
-    context that the question met. Nothing is averaged over datasets: in a mean of ratios the one
-    with the least score would decide. Raises ValueError as `prompts` does."""
-    found = {}
-    batches = prompts(lines, encoding, length, delay)
+    score: mean over the n lines; relative: that over the one of "full", None where it is 0; cache:
+    mean share of the context that the question met. A rule gets as many slots for a line as NAMM
+    took for it. "ntk" is left out unless a prompt is longer than the `trained` length. Nothing is
+    averaged over datasets: in a mean of ratios the one with the least score would decide. Raises
+    ValueError as `prompts` does."""
+    found, rows, batches = {}, [], prompts(lines, encoding, length, config.delay)
+    if max(prompt.tokens.shape[1] for prompt in batches) <= trained:
+        methods = [method for method in methods if method != "ntk"]
     bar = tqdm(lines, desc="benchmark", mininterval=1, dynamic_ncols=True, disable=None)
     for line, prompt in zip(bar, batches):
-        for method, manage in methods.items():
-            text, share = write(gpt, encoding, prompt, new_tokens(line), delay, manage, renumber)
+        slots, times = None, max(1.0, prompt.tokens.shape[1] / trained)
+        for method in methods:
+            used = gpt.scaled(times) if method == "ntk" else gpt
+            manage = evolve.managed(method, solution, slots, config)
+            with evolve.precision(config.device):
+                text, share = write(used, encoding, prompt, new_tokens(line), config.delay, manage,
+                                    config.positions == "renumbered")
+            if method == "namm":
+                slots = evolve.slots_of(share, prompt.context, config)
             found.setdefault((line.dataset, method), []).append((score(line, text), share))
-    rows = []
     for (dataset, method), pairs in found.items():
         value, cache = map(statistics.fmean, zip(*pairs))
         full = statistics.fmean(one for one, _ in found[dataset, "full"])
         rows.append({"dataset": dataset, "method": method, "score": value,
                      "relative": value / full if full else None, "cache": cache, "n": len(pairs)})
     return rows
+
+
+# --- 5. Lines to evolve on ------------------------------------------------------------------------
+
+@dataclass
+class Share:
+    """The lines of one split, in the place of a data.Part."""
+    rows: dict                   # {task: [(context, question, answer), in tokens]}
+    encode: callable             # str -> [token]
+    most_asked: int              # tokens of the longest question and answer
+
+
+def split_of(line):
+    """"evolve", "choose" or "report", 50, 20 and 30 of 100, by a hash of the context: lines about
+    the same text go together."""
+    number = int(hashlib.sha256(line.context.encode("utf-8", "replace")).hexdigest(), 16) % 100
+    return "evolve" if number < 50 else "choose" if number < 70 else "report"
+
+
+def task(name):
+    """A task as those in data.py: a line of a Share, drawn; of its context the first and the last
+    half of n tokens."""
+    def draw(part, rng, n, room):
+        """Draw a line."""
+        context, question, answer = part.rows[name][rng.integers(len(part.rows[name]))]
+        return context[:n - n // 2] + context[-(n // 2):], [(question, answer)]
+    return draw
+
+
+def shares(lines, encoding, length):
+    """({split: Share}, {dataset: name of its task}) for prompts of `length` tokens. Raises
+    ValueError, with file and number, for a line whose context does not fill them, or whose question
+    and answer have more than half; and when a dataset has no line in a split."""
+    tokens = [in_tokens(line, encoding) for line in lines]
+    most = max(len(question) + len(answer) for _, question, answer in tokens)
+    needed = length - data.question_tokens(length, most)
+    names = {dataset: f"jsonl{i}" for i, dataset in enumerate({line.dataset: 0 for line in lines})}
+    rows = {split: {name: [] for name in names.values()} for split in ("evolve", "choose")}
+    for line, (context, question, answer) in zip(lines, tokens):
+        split = split_of(line)
+        if split == "report":
+            continue
+        if len(question) + len(answer) > length // 2:
+            raise ValueError(f"{line.where}: question and answer have {len(question + answer)} "
+                             f"tokens, more than half of {length}; leave the line out, or give "
+                             "more --length")
+        if len(context) < needed:
+            raise ValueError(f"{line.where}: the context has {len(context)} tokens, and prompts to "
+                             f"evolve on {needed}; leave the line out, or give less --length")
+        rows[split][names[line.dataset]].append((context, question, answer))
+    for dataset, name in names.items():
+        for split in rows:
+            if not rows[split][name]:
+                raise ValueError(f"no line of {dataset} falls to the split to {split}; give more")
+    return {split: Share(own, encoding.encode_ordinary, most) for split, own in rows.items()}, names
+
+
+def evolve_on(gpt, encoding, lines, config, length, folder):
+    """The evolve.Solution that was evolved on some of the lines, in prompts of `length` tokens, with
+    the likelihood of the first answer as fitness. Others chose among the candidates, and those of
+    the split "report" took no part. `folder` keeps it, and what a stopped evolution goes on
+    from."""
+    folder = pathlib.Path(folder)
+    parts, names = shares(lines, encoding, length)
+    config = replace(config, evolve_on=",".join(names.values()), stages=1, length=length,
+                     evolve_at=(1,))
+    about = {"config": vars(config), "lines": [asdict(line) for line in lines]}
+    digest = hashlib.sha256(evolve.as_json(about).encode()).hexdigest()
+    if (folder / "digest").exists() and (folder / "digest").read_text() != digest:
+        raise ValueError(f"{folder} holds what was evolved on other lines, or with other settings; "
+                         "give another folder")
+    kept = evolve.load(folder / "namm.pt", {"params", "mean", "std", "zero"})
+    if kept:
+        return evolve.Solution(kept["params"], kept["mean"], kept["std"], kept["zero"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "digest").write_text(digest)
+    state = evolve.load(folder / "progress.pt", {"next", "es"})
+    tasks = {name: task(name) for name in names.values()}
+    data.TASKS.update(tasks)
+    try:
+        solution, cost = evolve.evolve(gpt, parts, config, tqdm.write, state, lambda state:
+                                       evolve.save(folder / "progress.pt", state))
+    finally:
+        for name in tasks:
+            del data.TASKS[name]
+    evolve.save(folder / "namm.pt", vars(solution) | {"cost": cost})
+    (folder / "progress.pt").unlink()
+    return solution
+
+
+# --- 6. The command -------------------------------------------------------------------------------
+
+def main(line):
+    """Print every method's score on the lines of the files."""
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.jsonl", allow_abbrev=False, epilog="and options of evolve.py",
+        description="A finished run on lines of LongBench and InfiniteBench.")
+    parser.add_argument("run", help="the folder of a finished run")
+    parser.add_argument("files", nargs="+", help="files with a prompt in each line")
+    parser.add_argument("--template", help=r"a prompt with {context} and {input}; \n ends a line")
+    parser.add_argument("--length", type=int, help="tokens before the answer, at most")
+    parser.add_argument("--evolve", metavar="FOLDER", help="evolve on some of the lines")
+    given, options = parser.parse_known_args(line)
+    template = given.template and given.template.replace(r"\n", "\n")
+    lines = [one for file in given.files for one in read(file, template)]
+    config, gpt, solution, _, encoding = runs.open_with_encoding(given.run, options)
+    trained = getattr(gpt, "trained_length", None) or config.length
+    longest = getattr(gpt, "trained_length", None) or config.length * max(config.report_at)
+    length = given.length or longest
+    prompts(lines, encoding, length, config.delay)             # what can be refused, is so now
+    if given.evolve:
+        solution = evolve_on(gpt, encoding, lines, config, length, given.evolve)
+        lines = [one for one in lines if split_of(one) == "report"]
+    rows = report(gpt, solution, encoding, lines, config, length, trained)
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        own = [row for row in rows if row["dataset"] == dataset]
+        cells = [[row["method"], f"{row['score']:.3f}",
+                  "" if row["relative"] is None else f"{row['relative']:.3f}",
+                  f"{row['cache']:.3f}"] for row in own]
+        title = f"{dataset}: {own[0]['n']} lines, at most {length} tokens before the answer"
+        print(runs.markdown(title, ["method", "score", "relative to full", "cache"], cells))
+
+
+if __name__ == "__main__":
+    runs.command("extras.jsonl", main)

@@ -6,14 +6,18 @@
 import hashlib
 import json
 import re
+import sys
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
 
+import data
+import evolve
 import model
 import namm
-from extras import jsonl
+from extras import jsonl, pretrained, test_pretrained
 
 torch.set_num_threads(1)
 END = 256                                                      # the special token
@@ -251,12 +255,12 @@ def continued(gpt, tokens, count, n=0, delay=1, budget=0):
 
 @pytest.mark.parametrize("name, line, count", [("hotpotqa.jsonl", longbench(), 32),
                                                ("kv_retrieval.jsonl", infinitebench(), 50)])
-def test_lines_to_scores_end_to_end(tmp_path, gpt, name, line, count):
+def test_lines_to_scores_end_to_end(tmp_path, gpt, monkeypatch, name, line, count):
     """A line of each benchmark through a GPT, without a manager and with one that keeps the 8
     newest slots after each block of the context. What plain loops write with the full cache is
     taken for the answer. Catches: a cache managed while the question or the answer is read, an
     answer in the prompt, another number of tokens, methods that change places."""
-    delay, methods = 16, {"full": None, "recent": namm.baseline("recent", 8)}
+    delay, methods = 16, {"full": None, "recent": namm.by_rule(namm.RULES["recent"], 8)}
     [one] = lines_of(tmp_path, name, line)
     n, tokens = len(one.context.encode()), [*(one.context + one.question).encode()]
     texts = {}
@@ -272,7 +276,9 @@ def test_lines_to_scores_end_to_end(tmp_path, gpt, name, line, count):
     for method, manage in methods.items():
         text, share = jsonl.write(gpt, ENCODING, prompt, count, delay, manage)
         assert (text, share) == (texts[method], pytest.approx(shares[method]))
-    full, recent = jsonl.report(gpt, ENCODING, methods, [one], 4096, delay)
+    monkeypatch.setattr(evolve, "managed", lambda method, *others: methods[method])
+    config = evolve.Config(device="cpu", delay=delay, positions="original")
+    full, recent = jsonl.report(gpt, None, ENCODING, [one], config, 4096, 4096, list(methods))
     assert full == {"dataset": name[:-6], "method": "full", "score": 1, "relative": 1, "cache": 1,
                     "n": 1}
     assert recent["score"] == recent["relative"] < 1
@@ -280,27 +286,176 @@ def test_lines_to_scores_end_to_end(tmp_path, gpt, name, line, count):
 
 
 def test_report_worked_by_hand(gpt, monkeypatch):
-    """Scripted texts: full scores 1/2 and 1, the other method 1/2 twice. Catches: a mean of ratios
-    (3/4 instead of 2/3), a ratio to 0, datasets mixed, text after the special token."""
+    """Scripted texts: full scores 1/2 and 1, NAMM 1/2 twice; a prompt of 27 tokens where 20 were
+    trained. Catches: a mean of ratios (3/4 instead of 2/3), a ratio to 0, datasets mixed, text
+    after the special token; angles that are not stretched to the prompt, or stay stretched."""
     full = {"Q1": "Paris Rome York", "Q2": "Paris<end>Rome", "Q3": "none"}
     other = {"Q1": "Rome York Paris", "Q2": "Rome York London", "Q3": "none"}
 
-    def generate(gpt, tokens, count, block, manage, weights, renumber):
+    def generate(gpt, tokens, count, block, manage, renumber):
         text = ENCODING.decode(tokens[0].tolist())
         assert (count, block) == (6 if "Q3" in text else 32, 16 if manage else len(text))
-        assert weights == (manage is not None) and renumber
+        assert renumber
+        scales.append(gpt.config.rope_scale)
         text = (other if manage else full)[text[-2:]]
         return torch.tensor([ENCODING.encode(text, allowed_special="all")])
 
+    scales = []
     monkeypatch.setattr(jsonl, "generate", generate)
     lines = [jsonl.Line("musique", "c" * 20, "Q1", ["Paris"], None),
              jsonl.Line("musique", "c" * 20, "Q2", ["Rome", "Paris"], None),
              jsonl.Line("passkey", "c" * 20, "Q3", ["71432"], None)]
-    methods = {"h2o": namm.baseline("h2o", 8), "full": None}
-    rows = jsonl.report(gpt, ENCODING, methods, lines, 4096, 16, renumber=True)
+    solution = evolve.Solution(torch.zeros(4172), torch.zeros(17), torch.ones(17))
+    config = evolve.Config(device="cpu", delay=16)
+    methods = ["namm", "full", "ntk"]
+    rows = jsonl.report(gpt, solution, ENCODING, lines, config, 4096, 20, methods)
     assert [(row["dataset"], row["method"], row["n"]) for row in rows] == [
-        ("musique", "h2o", 2), ("musique", "full", 2), ("passkey", "h2o", 1),
-        ("passkey", "full", 1)]
-    assert [row["score"] for row in rows] == pytest.approx([1 / 2, 3 / 4, 0, 0])
-    assert rows[0]["relative"] == pytest.approx(2 / 3) and rows[1]["relative"] == 1
-    assert rows[2]["relative"] is rows[3]["relative"] is None
+        *(("musique", method, 2) for method in methods),
+        *(("passkey", method, 1) for method in methods)]
+    assert [row["score"] for row in rows] == pytest.approx([1 / 2, 3 / 4, 3 / 4, 0, 0, 0])
+    assert [row["relative"] for row in rows] == [pytest.approx(2 / 3), 1, 1, None, None, None]
+    # " Paris", " Rome" and " 71432" come after 22 tokens
+    assert scales == pytest.approx([1, 1, 28 / 20, 1, 1, 27 / 20, 1, 1, 28 / 20])
+    jsonl.report(gpt, solution, ENCODING, lines, config, 4096, 28, methods)
+    assert scales[9:] == [1] * 6                               # no prompt is longer: no "ntk"
+
+
+# --- lines to evolve on, and the command ----------------------------------------------------------
+
+def many(count, context="Text {}: " + "it is Paris. " * 12, **changes):
+    """Lines of one dataset, each with a context of its own."""
+    return [jsonl.Line("hotpotqa", context.format(i), "Which?", ["Paris", "Rome"], None, f"f:{i}")
+            for i in range(1, 1 + count)]
+
+
+def test_splits_are_disjoint_in_their_contexts():
+    """Catches: a context that is evolved on and reported on, shares that are empty or all; a split
+    that another process or order would deal otherwise."""
+    lines = many(400)
+    found = [jsonl.split_of(line) for line in lines]
+    for split, share in (("evolve", 0.5), ("choose", 0.2), ("report", 0.3)):
+        assert abs(found.count(split) / 400 - share) < 0.08
+    other = [jsonl.Line("trec", line.context, "Who?", ["x"], None) for line in reversed(lines)]
+    assert [jsonl.split_of(line) for line in reversed(other)] == found
+    parts, names = jsonl.shares(lines, ENCODING, 128)
+    for split in ("evolve", "choose"):
+        texts = [ENCODING.decode(context) for context, _, _ in parts[split].rows["jsonl0"]]
+        assert texts == [line.context for line, own in zip(lines, found) if own == split]
+
+
+def test_a_line_as_a_task_by_hand():
+    """Prompts of 64 and 128 bytes: question and answer have 12 of them, so that 52 or 116 are the
+    context's first and last. Then a question of 92. Catches: another answer than the first, a question cut to 64 tokens of
+    the text's tasks, a context cut elsewhere, a line of another split."""
+    lines = many(60)
+    parts, names = jsonl.shares(lines, ENCODING, 128)
+    assert names == {"hotpotqa": "jsonl0"} and parts["evolve"].most_asked == 12
+    own = [line.context for line in lines if jsonl.split_of(line) == "choose"]
+    for length, half in ((64, 26), (128, 58)):
+        rng = np.random.default_rng(0)
+        batch = data.prompts(parts["choose"], [jsonl.task("jsonl0")] * 8, rng, length)
+        assert batch.context == 2 * half == length - 12
+        want = {text[:half] + text[-half:] + "Which? Paris" for text in own}
+        assert {ENCODING.decode(tokens.tolist()) for tokens in batch.tokens} <= want
+        assert batch.answer.tolist() == [[0] * (length - 6) + [1] * 6] * 8
+    long = [jsonl.Line("x", "c" * 120 + str(i), "q" * 90, ["a"], None) for i in range(60)]
+    parts, _ = jsonl.shares(long, ENCODING, 192)
+    batch = data.prompts(parts["evolve"], [jsonl.task("jsonl0")], np.random.default_rng(0), 192)
+    assert batch.context == 192 - 92
+
+
+def test_lines_that_cannot_be_evolved_on():
+    """Each is named. Catches: a line that is left out, cut or filled up in silence."""
+    short = jsonl.Line("hotpotqa", "Text 2", "Which?", ["Paris"], None, "f:61")
+    asks = jsonl.Line("hotpotqa", "d" * 300, "q" * 40, ["Paris"], None, "f:61")
+    assert "report" not in {jsonl.split_of(short), jsonl.split_of(asks)}
+    for line, says in ((short, "f:61: the context has 6 tokens, and prompts to evolve on 68"),
+                       (asks, "f:61: question and answer have 46 tokens, more than half of 80")):
+        with pytest.raises(ValueError, match=says):
+            jsonl.shares(many(60) + [line], ENCODING, 80)
+    with pytest.raises(ValueError, match="no line of hotpotqa falls to the split to"):
+        jsonl.shares(many(1), ENCODING, 80)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder of a finished run on a small checkpoint, its GPT, its tokeniser)."""
+    folder = tmp_path_factory.mktemp("real")
+    tokens, merges, text = test_pretrained.words_and_text(folder)
+    s = test_pretrained.Sizes(len(tokens))
+    base = test_pretrained.write_hf(folder / "hf", s, test_pretrained.random_weights(s),
+                                    words=test_pretrained.tokenizer_json(tokens, merges))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [
+            "evolve.py", "--base", str(base), "--preset", "smoke", "--device", "cpu", "--corpus",
+            str(text), "--out", str(folder / "run"), "--generations", "1", "--evolve_at", "1",
+            "--report_at", "1", "--capacity", "8", "--methods", "namm,full"])
+        evolve.main()
+    return folder / "run", *pretrained.load(base)
+
+
+def table_of(printed):
+    """{method: [score, relative, cache]} of one printed table, as texts."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()
+            if line.startswith("|")][2:]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_the_command_end_to_end(tmp_path, finished, capsys):
+    """A line of each benchmark; what the full cache writes, by plain loops, is the right answer to
+    the first, and no word of it to the second. Catches: a run that is opened with another GPT or
+    tokeniser, a method that is left out, a prompt longer than asked for."""
+    run, gpt, encoding = finished
+    line = tmp_path / "hotpotqa.jsonl", tmp_path / "kv_retrieval.jsonl"
+    line[0].write_text(longbench())
+    line[1].write_text(infinitebench(answer="no such word") + "\n")
+    [one] = jsonl.read(line[0])
+    tokens = encoding.encode_ordinary(one.context) + encoding.encode_ordinary(one.question)
+    tokens = tokens[:40] + tokens[-40:]                        # --length 80
+    with torch.no_grad():
+        written = continued(gpt, tokens, 32)
+    line[0].write_text(longbench(answers=[encoding.decode(written)]))
+    jsonl.main([str(run), *map(str, line), "--length", "80", "--capacity", "4"])
+    first, second = capsys.readouterr().out.split("### ")[1:]
+    assert first.startswith("hotpotqa: 1 lines, at most 80 tokens")
+    own = table_of(first)
+    assert list(own) == list(jsonl.METHODS)                    # "ntk" too: 80 and the answer are
+    assert own["full"] == ["1.000", "1.000", "1.000"]          # more than the 77 it was trained on
+    assert all(row[0] == row[1] for row in own.values())
+    shares = {method: float(row[2]) for method, row in own.items()}    # of some 40 tokens or more
+    assert shares["namm"] == pytest.approx(shares["tova+pool"], abs=0.03) and shares["namm"] < 0.5
+    own = table_of(second)
+    assert own["full"] == ["0.000", "", "1.000"] and own["namm"][1] == ""
+
+
+def test_a_namm_evolved_on_lines(tmp_path, finished, capsys, monkeypatch):
+    """Through the command, twice. Catches: a report on lines that were evolved on, another file
+    taken for the same, a second evolution; a task that stays in data.TASKS."""
+    run, gpt, encoding = finished
+    text = "It is Paris and it is not Rome. " * 6
+    lines = [longbench("passkey", context=f"Text {i}. {text}") for i in range(24)]
+    file, folder = tmp_path / "mine.jsonl", tmp_path / "evolved"
+    file.write_text("\n".join(lines))
+    template = r"{context}\nQuestion: {input}\nAnswer:"
+    command = [str(run), str(file), "--template", template, "--length", "160", "--evolve",
+               str(folder), "--generations", "1"]
+    drawn, tasks = [], dict(data.TASKS)
+    prompts = data.prompts
+    monkeypatch.setattr(data, "prompts", lambda *own: drawn.append(prompts(*own)) or drawn[-1])
+    jsonl.main(command)
+    first = capsys.readouterr().out
+    report = [line for line in jsonl.read(file, template.replace(r"\n", "\n"))
+              if jsonl.split_of(line) == "report"]
+    assert f"passkey: {len(report)} lines" in first and 4 < len(report) < 10
+    seen = {re.match(r"Text \d+", encoding.decode(row.tolist()))[0]
+            for batch in drawn for row in batch.tokens}
+    assert len(seen) > 8 and not seen & {line.context[:line.context.index(".")] for line in report}
+    assert data.TASKS == tasks and sorted(path.name for path in folder.iterdir()) == ["digest",
+                                                                                      "namm.pt"]
+    count = len(drawn)
+    jsonl.main(command)
+    again = capsys.readouterr().out
+    assert again[again.index("###"):] == first[first.index("###"):] and len(drawn) == count
+    file.write_text("\n".join(lines[1:]))
+    with pytest.raises(ValueError, match="evolved on other lines"):
+        jsonl.main(command)
