@@ -372,8 +372,8 @@ def shares(lines, encoding, length):
 
 
 def evolve_on(gpt, encoding, lines, config, length, folder):
-    """The evolve.Solution that was evolved on some of the lines, in prompts of `length` tokens, with
-    the likelihood of the first answer as fitness. Others chose among the candidates, and those of
+    """The evolve.Solution that was evolved on some of the lines, in prompts of `length` tokens;
+    fitness is the likelihood of the first answer. Others chose among the candidates, and those of
     the split "report" took no part. `folder` keeps it, and what a stopped evolution goes on
     from."""
     folder = pathlib.Path(folder)

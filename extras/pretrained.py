@@ -92,8 +92,8 @@ def as_base(path):
     gpt, encoding = load(path)
     weights, reads = sum(p.numel() for p in gpt.parameters()), gpt.trained_length
     note = (f"a GPT of {weights:,} parameters from {path}, trained to read "
-            + (f"{reads:,} tokens" if reads else "so many tokens as its files do not say")
-            + "; it may know the text that it is asked about; prompts begin without a special token")
+            + (f"{reads:,} tokens" if reads else "as many tokens as its files do not say")
+            + "; it may know the text it is asked about; prompts begin without a special token")
     return {"config": vars(gpt.config) | {"vocab_size": encoding.n_vocab}, "gpt": gpt,
             "encoding": encoding, "note": note}
 

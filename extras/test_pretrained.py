@@ -796,7 +796,7 @@ def test_a_checkpoint_is_a_base(tmp_path, monkeypatch, capsys):
     learned here; weights copied into the run; a length or delay that nobody asked for; another GPT
     or none when the run is opened again; a traceback when its base is gone."""
     tokens, merges, text = words_and_text(tmp_path)
-    s = Sizes(len(tokens), layers=3)
+    s = Sizes(len(tokens))
     w = random_weights(s)
     base = write_hf(tmp_path / "hf", s, w, words=tokenizer_json(tokens, merges))
     out = tmp_path / "out"
@@ -807,7 +807,7 @@ def test_a_checkpoint_is_a_base(tmp_path, monkeypatch, capsys):
     assert code == 0, errors
     assert f"from {base}, trained to read 77 tokens" in said and "another text" not in said
     config = json.loads((out / "config.json").read_text())
-    sizes = {"n_embd": s.C, "n_layer": 3, "n_head": s.H, "n_kv_head": s.K, "head_dim": s.D,
+    sizes = {"n_embd": s.C, "n_layer": 2, "n_head": s.H, "n_kv_head": s.K, "head_dim": s.D,
              "n_hidden": s.hidden, "vocab_size": s.V, "length": 64, "delay": 16, "base": str(base)}
     assert {name: config[name] for name in sizes} == sizes
     assert sorted(os.listdir(out)) == ["config.json", "log.txt", "namm.pt", "results.json",
