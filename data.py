@@ -498,15 +498,16 @@ def words_to_recall(batch, part, rng, share):
 
 def lesson(part, rng, done, length, tokens, recall):
     """What a training step learns from, when a share `done` of all is over: (Batch, words to
-    recall), `tokens` tokens in all. The shortest prompts at first, then all lengths but the
-    longest, then mostly that."""
+    recall). The shortest prompts at first, then all lengths but the longest, half the `tokens` each;
+    then mostly the longest. The hardest tasks come twice as often."""
     lengths = [length >> k for k in range(length.bit_length()) if length >> k >= 64][::-1]
     odds = np.array([1] * (len(lengths) - 1) + [2 * len(lengths[1:]) or 1])  # longest: two of three
     if done < 0.15:
-        own = lengths[0]
+        own, tokens = lengths[0], tokens // 2
     elif done < 0.35:
-        own = int(rng.choice(lengths[:-1] or lengths))
+        own, tokens = int(rng.choice(lengths[:-1] or lengths)), tokens // 2
     else:
         own = int(rng.choice(lengths, p=odds / odds.sum()))
-    batch = prompts(part, rng.choice(list(TASKS), tokens // own), rng, own)
+    tasks = rng.choice([*TASKS, "kv", "trace"], max(1, tokens // own))
+    batch = prompts(part, tasks, rng, own)
     return batch, words_to_recall(batch, part, rng, recall)

@@ -869,11 +869,11 @@ def test_depth_finds_the_needle(parts):
 
 
 def test_fact_positions_by_hand():
-    """Key 7 has value 8, key 5 has 9 6; the 8 and the 9 elsewhere say nothing. Catches: any
+    """Key 7 has value 8, key 5 has 9 6; the 8 and the 9 6 before them say nothing. Catches: any
     occurrence of a word taken for the fact, answers of several tokens cut short."""
-    tokens = np.array([8, 1, 7, 8, 1, 5, 9, 6, 9, 1, 7, 8, 1, 5, 9, 6])
+    tokens = np.array([1, 8, 7, 8, 9, 6, 5, 9, 6, 1, 7, 8, 1, 5, 9, 6])
     answer = np.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 2, 2])
-    assert data.fact_positions(tokens, answer, 9).tolist() == [3, 6, 7]
+    assert data.fact_positions(tokens, answer, 9).tolist() == [3, 7, 8]
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -917,12 +917,13 @@ def test_lessons_grow_longer(parts, done, lengths):
     """Catches: long prompts too early, steps of unequal cost, a longest length that is rare in the
     end."""
     met = []
-    for seed in range(30):
-        rng = np.random.default_rng(seed)
+    for seed in range(100):
+        rng = np.random.default_rng([seed, 7])
         batch, words = data.lesson(parts[2]["train"], rng, done, 256, 512, 0.2)
-        assert batch.tokens.numel() == 512 and (words >= 0).any()
+        assert batch.tokens.numel() == (256 if done < 0.35 else 512) and (words >= 0).any()
         met.append(batch.tokens.shape[1])
-    assert set(met) == lengths and (done < 0.5 or 0.5 < met.count(256) / 30 < 0.85)
+    assert set(met) == lengths
+    assert done < 0.5 or 0.55 < met.count(256) / 100 < 0.8
 
 
 def test_recall_is_asked_of_one_head_alone(parts):
@@ -1405,8 +1406,8 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(smoke):
     out, command = smoke
     results = read_json(out / "results.json")
     rows = {(row["method"], row["task"], row["length"]): row for row in results["report"]}
-    methods = ("namm namm_uncapped full ntk h2o+pool tova+pool snapkv+pool recent_attention+pool "
-               "snapkv+lastlayer recent_attention+lastlayer").split()
+    methods = ("namm namm_uncapped full ntk tova+pool snapkv+pool recent_attention+pool "
+               "snapkv+lastlayer").split()
     assert set(rows) == {(method, task, length) for length in (64, 256, 512) for task in data.TASKS
                          for method in methods}
     for (method, task, length), row in rows.items():
@@ -1731,3 +1732,39 @@ def test_bad_input_ends_in_a_line_and_leaves_nothing(broken, tmp_path, monkeypat
              *line.format(broken).split(" ")]
     lines = main(monkeypatch, capsys, *words)
     assert says in "".join(lines) and len(lines) <= 2 and not (tmp_path / "out").exists()
+
+
+# --- README --------------------------------------------------------------------------------------
+
+def readme(kind):
+    """The code blocks of a kind in README."""
+    text = pathlib.Path("README.md").read_text("utf-8")
+    return re.findall(rf"```{kind}\n(.*?)```", text, re.S)
+
+
+def test_the_changes_that_readme_shows_work(tmp_path, corpus):
+    """Every diff of README, applied to a copy, which must report on the new task and rule. Catches:
+    a recipe that no longer fits the code."""
+    for name in ("namm.py", "model.py", "evolve.py", "data.py"):
+        shutil.copy(name, tmp_path)
+    for diff in readme("diff"):
+        sides = []
+        for keep in (" -", " +"):
+            sides.append("".join(line[1:] + "\n" for line in diff.splitlines() if line[0] in keep))
+        [path] = [path for path in tmp_path.glob("*.py") if sides[0] in path.read_text()]
+        path.write_text(path.read_text().replace(*sides))
+    line = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--report_at", "1",
+            "--evolve_at", "1", "--methods", "namm,full,loud+pool"]
+    done = subprocess.run([sys.executable, "evolve.py", *map(str, line)], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = read_json(tmp_path / "runs/smoke/results.json")["report"]
+    assert ("owner", "loud+pool") in {(row["task"], row["method"]) for row in report}
+
+
+def test_the_token_that_readme_scores_by_hand_scores_so(capsys):
+    """Catches: a README that explains another method than the code has."""
+    [code] = readme("python")
+    exec(code, {})
+    by_hand, by_the_code = re.findall(r"-?\d+\.\d+", capsys.readouterr().out)
+    assert float(by_hand) == pytest.approx(float(by_the_code), abs=1e-3)

@@ -2,8 +2,8 @@
 
 The first run, and all that differ from it only in what SAME names, are seeds of one thing: their
 tables hold means over them, ± the standard deviation. All other runs get a line for each group of
-the same changes. curve.svg, needle.svg and evolution.svg, the last of the first run, are written
-beside the first file.
+the same changes. lengths.svg, curve.svg, needle.svg and evolution.svg, the last of the first run,
+are written beside the first file.
 """
 
 import json
@@ -111,9 +111,12 @@ def svg(*lines):
 
 
 def pictures(runs, rows):
-    """{name of a file: its SVG}; no curve, and no needle, where none was measured."""
+    """{name of a file: its SVG}; none of what was not measured."""
     evolution = page.legend(["level", "candidates", "best", "mean"])
     files = {"evolution": svg(evolution, page.picture_evolution(runs[0]["evolution"]))}
+    if len(page.distinct(rows, "length")) > 1:
+        legend = page.legend(page.main_methods(rows))
+        files["lengths"] = svg(page.picture_lengths(rows), legend)
     curve = [row for run in runs for row in run.get("curve") or []]
     if curve:
         legend = page.legend(["level", *page.distinct(curve, "method")])

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import data
 import evolve
 import model
 import namm
-from extras import ablations, bench, probes, rules, runs, same
+from extras import ablations, bench, probes, rules, runs, same, summary
 
 torch.set_num_threads(1)
 ROOT = pathlib.Path(__file__).parent.parent
@@ -485,3 +486,20 @@ def test_bad_input_ends_in_a_line(name, main, line, says, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith(f"extras.{name}: ") and says in error
     assert error.count("\n") == 1
+
+
+# --- the committed results -----------------------------------------------------------------------
+
+def test_the_tables_are_what_the_results_say(tmp_path):
+    """Each line of each table that the summary prints of the committed results, but for how long it
+    took, stands in README or in results/README; the pictures are those it draws. Catches: figures
+    that were typed, or that nobody renewed."""
+    written = pathlib.Path("README.md").read_text() + pathlib.Path("results/README.md").read_text()
+    shutil.copytree("results", tmp_path / "results")  # pictures are drawn beside the first
+    paths = sorted((tmp_path / "results").glob("[012].json"))
+    text = summary.summary([*paths, *sorted((tmp_path / "results").glob("changes/*.json"))])
+    text = re.sub(r"### Seconds.*?\n\n.*?\n\n", "", text, flags=re.S)
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(lines) > 40 and not [line for line in lines if line not in written]
+    for path in (tmp_path / "results").glob("*.svg"):
+        assert path.read_text() == pathlib.Path("results", path.name).read_text()
