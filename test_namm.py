@@ -5,6 +5,7 @@ bug it would catch.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -124,25 +125,29 @@ def test_chunks_of_any_size_give_the_logits_of_one_pass(want, renumber):
 
 
 def test_attention_weights_are_those_of_the_fused_path():
-    """Catches: weights not normalised, not causal, averaged over the wrong heads, or dead slots
-    that receive some."""
+    """Few queries, and so many that they are cut in pieces. Catches: weights not normalised, not
+    causal, averaged over the wrong heads, or dead slots that receive some; a piece that sees too
+    much or too little."""
     torch.manual_seed(0)
-    q, k, v = torch.randn(2, 3, 2, 5, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8)
-    alive = torch.rand(2, 3, 9) < 0.5
-    alive[..., -5:] = True
-    for mask in (None, alive):
+    for mask, T, S in itertools.product((False, True), (5, 64, 150), (9, 200)):
+        if T > S:
+            continue
+        q, k, v = torch.randn(2, 3, 2, T, 8), torch.randn(2, 3, S, 8), torch.randn(2, 3, S, 8)
+        alive = torch.rand(2, 3, S) < 0.5
+        alive[..., -T:] = True
+        mask = alive if mask else None
         out, received = model.attend(q, k, v, mask)
         fused, none = model.attend_fused(q, k, v, mask)
         torch.testing.assert_close(out, fused, atol=1e-5, rtol=1e-5)
         assert none is None
         # with one-hot values the output is the weights
-        seen = torch.ones(5, 9, dtype=torch.bool).tril(4).expand(2, 3, 5, 9)
+        seen = torch.ones(T, S, dtype=torch.bool).tril(S - T).expand(2, 3, T, S)
         if mask is not None:
             seen = seen & mask[:, :, None]
         spread = F.scaled_dot_product_attention(
-            F.pad(q.flatten(2, 3), (0, 1)), F.pad(k, (0, 1)), torch.eye(9).expand(2, 3, 9, 9),
+            F.pad(q.flatten(2, 3), (0, 1)), F.pad(k, (0, 1)), torch.eye(S).expand(2, 3, S, S),
             scale=8 ** -0.5, attn_mask=seen.repeat(1, 1, 2, 1))
-        want = spread.view(2, 3, 2, 5, 9).mean(2)
+        want = spread.view(2, 3, 2, T, S).mean(2)
         torch.testing.assert_close(received, want, atol=1e-5, rtol=1e-5)
 
 
