@@ -25,8 +25,8 @@ import numpy as np
 import tiktoken
 import torch
 
-# How text is cut before byte pairs are merged: words, digits, runs of marks, line ends, white space. At
-# most 16 characters: in scripts without spaces a word is as long as a sentence.
+# How text is cut before byte pairs are merged: words, digits, runs of marks, line ends, other blanks.
+# At most 16 characters: in scripts without spaces a word is as long as a sentence.
 PATTERN = r" ?[^\W\d_]{1,16}| ?\d| ?[^\s\w]{1,16}|_{1,16}|\s{0,15}\n|\s{1,16}"
 SUFFIXES = (".txt", ".md", ".rst", ".py")
 SHARES = {"train": 0.64, "evolve": 0.14, "choose": 0.08, "report": 0.14}  # of the text
@@ -498,8 +498,8 @@ def words_to_recall(batch, part, rng, share):
 
 def lesson(part, rng, done, length, tokens, recall):
     """What a training step learns from, when a share `done` of all is over: (Batch, words to
-    recall). The shortest prompts at first, then all lengths but the longest, half the `tokens` each;
-    then mostly the longest. The hardest tasks come twice as often."""
+    recall). The shortest prompts at first, then all lengths but the longest, half the `tokens`
+    each; then mostly the longest. The hardest tasks come twice as often."""
     lengths = [length >> k for k in range(length.bit_length()) if length >> k >= 64][::-1]
     odds = np.array([1] * (len(lengths) - 1) + [2 * len(lengths[1:]) or 1])  # longest: two of three
     if done < 0.15:

@@ -337,6 +337,16 @@ def lengths_at(generation, config):
     return config.evolve_at[:1 + stage]
 
 
+def generation(gpt, es, solution, best, part, config, g):
+    """Candidates, their fitness on fresh prompts, and what CMA-ES makes of it; their numbers."""
+    rng = np.random.default_rng([config.seed, 2, g])
+    got, kept = fitness(gpt, solution(es.ask()), best, part, tasks_at(g, config),
+                        lambda rng: [rng.choice(lengths_at(g, config))], config.prompts, rng,
+                        config)
+    es.tell(got)
+    return {"candidates": got.mean().item(), "best": got.max().item(), "cache": kept}
+
+
 def progress(point, last, seconds):
     """A generation of `last`, as a line: its numbers, and how long it took and will take."""
     g = point["generation"]
@@ -359,11 +369,10 @@ def evolve(gpt, parts, config, log, state, keep, kind=Solution):
     """Evolve the manager of the cache: (Solution, what it cost). keep(state) is called after each
     generation; from that state evolution goes on to the same bits. kind: Solution, or a subclass.
 
-    Prompts are fresh in each generation, and fitness is noisy. So what is kept is an average of the
-    means of the search distribution, the last ten of which count most; and of these averages the
-    one that does best on the prompts to choose by, always the same and never evolved on.
-    (config.pick "last": the last mean, as in the paper.) Generation 0, all zeros, drops nothing of
-    its own accord: only the capacity evicts."""
+    Fitness is noisy. So what is kept is an average of the means of the search distribution, the
+    last ten of which count most; and of these averages the one that does best on the prompts to
+    choose by, which are never evolved on. (config.pick "last": the last mean, as in the paper.)
+    Generation 0, all zeros, drops nothing of its own accord: only the capacity evicts."""
     mean, std = feature_statistics(gpt, parts["evolve"], config, kind)
     best, scale = full_likelihood(gpt, parts["evolve"], config), kind.scale()
     es = CMAES(torch.zeros(len(scale)), config.sigma, config.popsize, config.seed,
@@ -381,35 +390,28 @@ def evolve(gpt, parts, config, log, state, keep, kind=Solution):
 
     [full], _ = validate(None)
     log(f"the full cache's fitness on the prompts to choose by: {full:.3f}")
-    state = state or dict(next=0, es=es.state_dict(), average=es.mean, chosen=es.mean, seconds=0.0,
-                          highest=-math.inf, history=[])
+    state = state or {"next": 0, "es": es.state_dict(), "average": es.mean, "chosen": es.mean,
+                      "seconds": 0.0, "highest": -math.inf, "history": []}
     es.load_state_dict(state["es"])
     start, last, first = time.time() - state["seconds"], config.generations, state["next"]
     for g in tqdm(range(first, last + 1), "evolve", last + 1, initial=first, mininterval=1,
-                  dynamic_ncols=True, disable=True if world()[0] else None):
+                  disable=True if world()[0] else None):
         point = {"generation": g, "sigma": es.sigma}
         if g:
-            rng = np.random.default_rng([config.seed, 2, g])
-            got, kept = fitness(gpt, solution(es.ask()), best, parts["evolve"], tasks_at(g, config),
-                                lambda rng: [rng.choice(lengths_at(g, config))], config.prompts,
-                                rng, config)
-            es.tell(got)
+            point |= generation(gpt, es, solution, best, parts["evolve"], config, g)
             state["average"] = state["average"] + (es.mean - state["average"]) / min(g, 10)
-            point |= {"candidates": got.mean().item(), "best": got.max().item(), "cache": kept}
         if g % config.validate == 0 or g == last:
             chosen = es.mean if config.pick == "last" else state["average"]
             [value], kept = validate(solution(chosen))
             point |= {"mean": value.item(), "its cache": kept}
             if g and (value > state["highest"] or config.pick == "last"):
                 state |= {"highest": value.item(), "chosen": chosen}
-        state["history"].append(point)
-        state["seconds"] = time.time() - start
+        state |= {"history": [*state["history"], point], "seconds": time.time() - start}
         log(progress(point, last, state["seconds"]))
         if es.diagonal or "mean" in point:  # a full covariance is 139 MB
             keep(state | {"next": g + 1, "es": es.state_dict()})
-    cost = cost_of(state, full.item(), config)
+    made, cost = solution(state["chosen"]), cost_of(state, full.item(), config)
     log(f"evolution: {as_json(cost)}")
-    made = solution(state["chosen"])
     if config.capacity:
         made.zero = calibrate_threshold(gpt, made, parts["choose"], config, log, validate)
     return made, cost | {"history": state["history"]}

@@ -298,9 +298,10 @@ def naive_bam(x, p):
 
 
 def test_bam_scores_equal_the_naive_loop():
-    """Also with dead slots on the left, and beside another layer. Catches: a mask the wrong way round, residual and
-    multiplier swapped, the vector unpacked in another order, one candidate's weights applied to
-    another's rows, dead padding that live slots attend to, layers that see each other."""
+    """Also with dead slots on the left, and beside another layer. Catches: a mask the wrong way
+    round, residual and multiplier swapped, the vector unpacked in another order, one candidate's
+    weights applied to another's rows, dead padding that live slots attend to, layers that see each
+    other."""
     torch.manual_seed(0)
     x, params = torch.randn(6, 2, 11, 25), 0.3 * torch.randn(3, 4172)  # 3 candidates x 2 prompts
     got = namm.bam_scores(x, params, [11])
