@@ -345,8 +345,9 @@ def test_splits_are_disjoint_in_their_contexts():
 
 def test_a_line_as_a_task_by_hand():
     """Prompts of 64 and 128 bytes: question and answer have 12 of them, so that 52 or 116 are the
-    context's first and last. Then a question of 92. Catches: another answer than the first, a question cut to 64 tokens of
-    the text's tasks, a context cut elsewhere, a line of another split."""
+    context's first and last. Then a question of 92. Catches: another answer than the first, a
+    question that may have no more than those of data.py, a context cut elsewhere, a line of another
+    split."""
     lines = many(60)
     parts, names = jsonl.shares(lines, ENCODING, 128)
     assert names == {"hotpotqa": "jsonl0"} and parts["evolve"].most_asked == 12
