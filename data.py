@@ -204,6 +204,7 @@ class Part:
     looks_back: np.ndarray  # (V,) bool: in training the heads may be asked to recall here
     encode: callable  # str -> [token]
     decode: callable  # [token] -> str
+    most_asked: int = 64  # tokens for the questions of a prompt, at most
 
     def text(self, rng, n):
         """n consecutive tokens from anywhere, not all of them white space, (n,). It takes one
@@ -424,16 +425,16 @@ class Batch:
         return replace(self, tokens=f(self.tokens), answer=f(self.answer))
 
 
-def question_tokens(length):
-    """Tokens for the questions in a prompt of `length`: half, at most 64."""
-    return min(64, length // 2)
+def question_tokens(length, most=64):
+    """Tokens for the questions in a prompt of `length`: half, at most `most`."""
+    return min(most, length // 2)
 
 
 def prompts(part, tasks, rng, length):
     """One prompt for each of `tasks`, a name in TASKS or a function like them, as a Batch.
     Questions follow one another while they fit. Raises ValueError for a task whose first does
     not."""
-    room, pad = question_tokens(length), part.encode("\n")[0]
+    room, pad = question_tokens(length, part.most_asked), part.encode("\n")[0]
     n = length - room
     tokens, answer = np.full((len(tasks), length), pad), np.zeros((len(tasks), length), dtype=int)
     for i, task in enumerate(tasks):

@@ -619,7 +619,7 @@ def table(rows):
 class Config:
     # A comment is a setting's help; words with | are all that it can be.
     out: str = ""  # folder of the run; runs/PRESET if not given
-    base: str = ""  # a finished run, whose GPT, tokeniser, words, length and text to use
+    base: str = ""  # a run: its GPT, tokeniser, words, length and text; or a checkpoint, or smollm2
     eval: str = ""  # a finished run to report on again: other lengths, texts, capacities
     seed: int = 0  # of everything: GPT, prompts, candidates
     device: str = ""  # cpu|cuda: if not given, cuda where there is one
@@ -755,14 +755,17 @@ def parse(line=None):
     parser.add_argument("--task", choices=data.TASKS, default="kv", help="of the prompt to show")
     given = vars(parser.parse_args(joined(sys.argv[1:] if line is None else line)))
     for name in {"corpus", "base", "eval", "resume", "show"} & set(given):
-        given[name] = str(pathlib.Path(given[name]).resolve())  # the same from any working folder
+        if given[name] != "smollm2":  # a name; a path is to mean the same from any working folder
+            given[name] = str(pathlib.Path(given[name]).resolve())
     task, show, resume = (given.pop(name, None) for name in ("task", "show", "resume"))
     if folder := show or resume or given.get("eval"):
         out = pathlib.Path(folder) / ("" if show or resume else "eval")
         given = load_settings(folder) | {"out": str(out)} | given
-    if given.get("base"):
-        own = load_settings(given["base"])
-        given = {name: own[name] for name in (*SIZES, "corpus", "length")} | given
+    elif given.get("base"):
+        real = checkpoint(given["base"])
+        own = real["config"] if real else load_settings(given["base"])
+        brought = SIZES if real else (*SIZES, "corpus", "length")
+        given = {name: own[name] for name in brought} | given
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = given.pop("preset", "gpu" if device == "cuda" else "cpu")
     given = {"out": f"runs/{preset}", **PRESETS[preset], **given, "device": device}
@@ -895,6 +898,16 @@ def check_sizes(config, own, home):
                              "option out")
 
 
+def checkpoint(base):
+    """What extras/pretrained.py reads of a GPT that others trained: {"config": its sizes, "gpt",
+    "encoding", "note": a line about it}; None when `base` is the folder of a run, or empty. Raises
+    ValueError, with a line for the user, for what is not there, or is not supported."""
+    if not base or (pathlib.Path(base) / "gpt.pt").exists():
+        return None
+    from extras import pretrained
+    return pretrained.as_base(base)
+
+
 def prepare(config, shown=None):
     """(encoding, parts, {"gpt", "namm", "progress", "text"}: what earlier runs left). Writes
     nothing, and looks at all that can be refused, the quickest first: raises ValueError, with a
@@ -905,12 +918,12 @@ def prepare(config, shown=None):
     out = pathlib.Path(config.out)
     given = [pathlib.Path(folder) for folder in (config.eval, config.base) if folder]
     made = [place for place in (out, *given) if (place / "gpt.pt").exists()]
-    home = (made or given or [out])[0]
+    home, real = (made or given or [out])[0], None if made else checkpoint(config.base)
     check_folder(config, out, not shown)
-    if given and not (home / "gpt.pt").exists():
+    if given and not made and not real:
         raise ValueError(f"--{'eval' if config.eval else 'base'} {home}: the folder has no gpt.pt")
     vector = pathlib.Path(config.eval) if config.eval and not shown else out
-    found = {"gpt": load(home / "gpt.pt", {"config", "model"}, config.device),
+    found = {"gpt": real or load(home / "gpt.pt", {"config", "model"}, config.device),
              "namm": load(vector / "namm.pt", {"params", "mean", "std", "zero", "cost"}),
              "progress": load(out / "progress.pt", {"stage"})}  # candidates are drawn on the CPU
     if found["gpt"]:
@@ -924,7 +937,7 @@ def prepare(config, shown=None):
                          "start fewer, or give more --batch_tokens")
     own = read_record(out)
     record = own or read_record(home)
-    if found["gpt"] and not record:
+    if found["gpt"] and not record and not real:
         raise ValueError(f"{home}: a run of another version, without its words (no text.json)")
     if not shown and world()[0] == 0:
         print("reading the text", flush=True)  # which takes a few seconds
@@ -934,12 +947,13 @@ def prepare(config, shown=None):
                          "Python, or changed files; go on with those, or report on this text with "
                          "--eval")
     ranks = home / "tokenizer.tiktoken"
-    encoding = data.tokenizer(config.vocab_size, ranks, texts["train"])
+    encoding = (real["encoding"] if real else
+                data.tokenizer(config.vocab_size, ranks, texts["train"]))
     if found["gpt"] and found["gpt"]["config"]["vocab_size"] != encoding.n_vocab:
         raise ValueError(f"{ranks}: not the tokeniser of the GPT beside it")
     longest = config.length * max(*config.evolve_at, *config.report_at)
     parts, words = data.make_parts(texts, encoding, longest, record and record["words"])
-    trained_on = record["trained on"] if record else now["fingerprint"]
+    trained_on = None if real else record["trained on"] if record else now["fingerprint"]
     split = (record["split"] if record else {}) | now["split"]  # what was dealt once stays dealt
     found["text"] = now | {"split": split, "words": words, "trained on": trained_on}
     return encoding, parts, found
@@ -951,7 +965,9 @@ def notes(config, encoding, text):
     if encoding.n_vocab < config.vocab_size:
         lines.append(f"the text teaches a tokeniser {encoding.n_vocab} tokens, fewer than "
                      f"--vocab_size {config.vocab_size}")
-    if text["fingerprint"] != text["trained on"]:
+    if text["trained on"] is None:
+        lines.append(checkpoint(config.base)["note"])
+    elif text["fingerprint"] != text["trained on"]:
         lines.append(f"another text ({text['fingerprint']}) than the GPT was trained on "
                      f"({text['trained on']}): the same words, new documents; nothing that it was "
                      "trained on is asked about")
@@ -974,7 +990,9 @@ def open_log(out):
 
 
 def restored(checkpoint, device):
-    """The GPT of a gpt.pt."""
+    """The GPT of a gpt.pt, or of `checkpoint`."""
+    if "gpt" in checkpoint:
+        return checkpoint["gpt"].to(device)
     gpt = GPT(GPTConfig(**checkpoint["config"])).to(device)
     gpt.load_state_dict(checkpoint["model"])
     return gpt.eval()
@@ -982,10 +1000,10 @@ def restored(checkpoint, device):
 
 def base_model(out, part, n_vocab, found, config, log):
     """The GPT that was found, or a new one, trained on the part; saved in the folder of the run,
-    which so means what it says when its base is gone."""
+    which so means what it says when its base is gone. (A real checkpoint stays where it is.)"""
     if found["gpt"]:
-        log("GPT: that of an earlier run")
-        if not (out / "gpt.pt").exists():
+        log("GPT: that of an earlier run" if "model" in found["gpt"] else f"GPT: {config.base}")
+        if "model" in found["gpt"] and not (out / "gpt.pt").exists():
             save(out / "gpt.pt", found["gpt"])
         return restored(found["gpt"], config.device)
     sizes, progress = {name: getattr(config, name) for name in SIZES}, found["progress"]
@@ -1100,7 +1118,8 @@ def main():
             out.mkdir(parents=True, exist_ok=True)
             file = open_log(out)
             save(out / "config.json", json.dumps(vars(config), indent=1))
-            save(out / "tokenizer.tiktoken", data.ranks_file(encoding))
+            if found["text"]["trained on"]:  # else the tokeniser is the checkpoint's
+                save(out / "tokenizer.tiktoken", data.ranks_file(encoding))
             save(out / "text.json", json.dumps(found["text"]))
     except (ValueError, OSError) as error:
         refuse(error)

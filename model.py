@@ -139,6 +139,13 @@ def attend(q, k, v, alive=None):
     heads, (B,K,T,S)."""
     B, K, g, T, D = q.shape
     S = k.shape[2]
+    if T > 64:  # in pieces: scores that stay in a processor's cache, none for slots after a piece
+        out, received = torch.empty_like(q), q.new_zeros(B, K, T, S, dtype=torch.float)
+        for i in range(0, T, 64):
+            own, n = slice(i, i + 64), S - max(0, T - i - 64)
+            out[..., own, :], received[:, :, own, :n] = attend(
+                q[..., own, :], k[:, :, :n], v[:, :, :n], None if alive is None else alive[..., :n])
+        return out, received
     mask = torch.full((T, S), -math.inf, device=q.device).triu(S - T + 1).repeat(g, 1)  # (gT,S)
     if alive is not None:
         dead = torch.zeros(B * K, 1, S, device=q.device)

@@ -21,7 +21,7 @@ slots stand side by side in S, `sizes` of each layer.
 from functools import lru_cache
 
 import torch
-from torch.nn.functional import avg_pool1d, pad, scaled_dot_product_attention
+from torch.nn.functional import avg_pool1d, scaled_dot_product_attention
 
 N_FFT, HOP = 32, 16  # samples in a window, and from one window to the next
 F = N_FFT // 2 + 1  # 17 frequency bins
@@ -110,13 +110,16 @@ def spectra(cache, attention, opened=True):
     queries, which know best what will be asked for. If `opened`, they count in the frame that they
     have opened as well, its other half zeros, which is half of what a block of 32 shows: it is
     judged by, not remembered."""
+    if attention[0].shape[2] > 64 and len(attention) > 1:  # large blocks: faster layer by layer
+        each = [spectra([layer], [own], opened) for layer, own in zip(cache, attention)]
+        return torch.cat(each, dim=2)
     new = torch.cat(attention, dim=3).float()  # (B,K,T,S)
     B, K, T, S = new.shape
     memory, gamma = new.new_zeros(B, K, HOP + F, S), MEMORY ** (HOP / T)
     if "memory" in cache[0].state:
         memory = torch.cat([layer.state["memory"] for layer in cache], dim=2).mT
     tail, average = memory.split([HOP, F], dim=2)
-    samples = pad(torch.cat([tail, new], dim=2), (0, 0, 0, HOP))  # (B,K,HOP+T+HOP,S)
+    samples = torch.cat([tail, new, new.new_zeros(B, K, HOP, S)], dim=2)  # (B,K,HOP+T+HOP,S)
     frames = spectrogram(samples)  # (B,K,T/HOP+1,F,S)
     average = moving_average(frames[:, :, :-1], average, gamma)
     memory = torch.cat([new[:, :, -HOP:], average], dim=2).mT

