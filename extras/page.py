@@ -46,11 +46,11 @@ METHODS = {
     "best": ("Best candidate", GREEN, "", ""),
     "mean": ("Average vector, on prompts kept apart", ORANGE, ROUND, "")}
 NOT_RULES = ("full", "ntk", "namm", "namm_uncapped", "random_vectors")
-SUFFIXES = {"": "", "pool": ", shared slots", "lastlayer": ", last layer first"}
+SUFFIXES = {"": "", "pool": ", pooled", "lastlayer": ", last layer first"}
 
 
 def looks(method):
-    """(name, colors, shape, dashes) of a method: "tova+pool" is "TOVA, shared slots"."""
+    """(name, colors, shape, dashes) of a method: "tova+pool" is "TOVA, pooled"."""
     name, _, suffix = method.partition("+")
     shown, *look = METHODS.get(name, (name, GREY, TRIANGLE, ""))
     return shown + SUFFIXES[suffix], *look

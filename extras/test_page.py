@@ -179,7 +179,7 @@ def test_the_tables_by_hand():
         "cache": "0.250", "NAMM ahead": ""}
     # four rows: 1.96 * sqrt(4 * 0.03 ** 2) / 4
     assert cells["Full cache"]["NAMM ahead"] == "+0.020 ± 0.029"
-    assert cells["H2O, shared slots"]["/ full"] == "0.31" and len(lines) == 6
+    assert cells["H2O, pooled"]["/ full"] == "0.31" and len(lines) == 6
     head, lines = page.table(rows, 64, ["kv", "needle"])
     assert [line[head.index("other tasks")] for line in lines] == [""] * 6
 
