@@ -236,10 +236,11 @@ def test_summary_by_hand(tmp_path):
     assert "| NAMM | 0.800 ± 0.141 | 0.700 ± 0.141 |" in text          # the mean over all tasks
     assert "| NAMM | 2.00 | 2.00 |" in text                            # seconds
     assert "| Random | 0.900 ± 0.000 |  |" in text
-    assert {path.name for path in tmp_path.glob("*.svg")} == {"evolution.svg", "needle.svg"}
+    drawn = {path.stem for path in tmp_path.glob("*.svg")}
+    assert drawn == {"evolution", "lengths", "needle"}
     paths[0].write_text(json.dumps(made()))
     assert "Changes" not in summary.summary(paths[:1])
-    for name in ("curve", "needle", "evolution"):
+    for name in ("curve", "lengths", "needle", "evolution"):
         assert "nan" not in (tmp_path / f"{name}.svg").read_text().lower()
 
 
