@@ -25,8 +25,8 @@ from torch.nn.functional import avg_pool1d, scaled_dot_product_attention
 
 N_FFT, HOP = 32, 16  # samples in a window, and from one window to the next
 F = N_FFT // 2 + 1  # 17 frequency bins
-MEMORY = 0.99 ** 512  # what a block leaves of all before it in the moving average: the
-                                   # paper's 0.99 a token over its 512; short blocks forget as much
+MEMORY = 0.99 ** 512  # what a block leaves of all before it in the moving average: the paper's
+                      # 0.99 a token over its 512; shorter blocks forget as much
 N_AGE = 8  # features of a token's age
 N_IN = N_AGE + F  # 25 features a token
 WIDTH = 32  # of the backward attention
@@ -107,9 +107,8 @@ def spectra(cache, attention, opened=True):
     the last HOP values of its attention, and its spectrum.
 
     Not in the paper: a Hann window falls to zero, so complete frames hardly count the newest
-    queries, which know best what will be asked for. If `opened`, they count in the frame that they
-    have opened as well, its other half zeros, which is half of what a block of 32 shows: it is
-    judged by, not remembered."""
+    queries, which know best what will be asked for. If `opened`, the frame that they have opened
+    counts as well, its other half zeros. A token is judged by it, but it is not remembered."""
     if attention[0].shape[2] > 64 and len(attention) > 1:  # large blocks: faster layer by layer
         each = [spectra([layer], [own], opened) for layer, own in zip(cache, attention)]
         return torch.cat(each, dim=2)
