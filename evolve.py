@@ -179,7 +179,8 @@ def answer_logits(gpt, batch, config, manage=None, copies=1):
             _, keep = manage(cache, [own.repeat(copies, 1, 1, 1) for own in attention])
             for layer, own in zip(cache, keep):
                 layer.evict(own)
-        read(gpt, tokens[:, cache[0].seen:n], cache, config.delay if manage else n, manage)
+        if cache[0].seen < n:
+            read(gpt, tokens[:, cache[0].seen:n], cache, config.delay if manage else n, manage)
         kept = model.kept(cache)  # (B,)
         row, at = answer[:, n:].nonzero(as_tuple=True)  # (M,)
         hidden, _ = gpt.hidden(tokens[:, n:-1], cache)  # (B,Q-1,C)
@@ -299,10 +300,9 @@ def fitness(gpt, solution, best, part, tasks, lengths, count, rng, config):
 
 def calibrate_threshold(gpt, solution, part, config, log, validate):
     """The score from which on tokens stay when there is no capacity. While the capacity decides,
-    evolution has no reason to put zero anywhere; the paper, which has none, has it found with the
-    rest. So it is looked for afterwards: of the scores that a half to a tenth of the tokens of a
-    full cache reach, the highest that costs no more than 0.01 of the fitness that the best of them
-    gives."""
+    evolution has no reason to put zero anywhere; in the paper, which has none, evolution finds it.
+    So we try, afterwards, the scores that 50, 40, 30, 20 and 10 % of the tokens of a full cache
+    reach, and take the highest whose fitness is within 0.01 of the best."""
     scores, values, delay = [], {}, config.delay
     everything = manager(solution, config, capacity=0, threshold=-math.inf)
     for task in config.evolve_on.split(","):
@@ -881,12 +881,12 @@ def check_folder(config, out, going_on):
                              "version; give another --out")
         return
     free, old = ("out", "device", "rows") if finished else FREE, load_settings(out)
-    differs = ", ".join(f"{name} {value}" for name, value in vars(config).items()
+    differs = ", ".join(f"{name} {value or '(none)'}" for name, value in vars(config).items()
                         if name not in free and old.get(name) != value)
     if differs and going_on:
         raise ValueError(f"{out} holds a {'finished ' * finished}run with other settings than "
                          f"{differs}; give another --out, or delete it"
-                         + "; --eval reports on it again" * finished)
+                         + "; --eval reports on it again" * (finished and not config.eval))
 
 
 def check_sizes(config, own, home):

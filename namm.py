@@ -11,7 +11,8 @@ After Cetin, Sun, Zhao, Tang: An Evolved Universal Transformer Memory, ICLR 2025
   6. RULES            hand-made rules behind the same interface
 
 This file knows nothing of the GPT. It sees attention, and each layer's cache: `positions`, `alive`,
-`seen`, and `state`, where a manager keeps what it remembers of each slot.
+`keys`, `values`, `seen`, and `state`, where a manager keeps what it remembers of each slot. (Where
+heads keep different numbers of slots, dead ones, not `alive`, fill up on the left.)
 Letters: P candidates (parameter vectors), B rows = P x prompts, candidate-major (all prompts of the
 first candidate, then all of the second), K key/value heads, T tokens of the last block, S slots in
 the cache, F frequency bins. All layers are judged in one call, since small tensors are slow: their
@@ -108,7 +109,8 @@ def spectra(cache, attention, opened=True):
 
     Not in the paper: a Hann window falls to zero, so complete frames hardly count the newest
     queries, which know best what will be asked for. If `opened`, the frame that they have opened
-    counts as well, its other half zeros. A token is judged by it, but it is not remembered."""
+    counts as well, its other half zeros. A token is judged by it, but it is not remembered. In
+    blocks of 32 it is 92 % of a spectrum, the block's last complete frame 7 %, all else 1 %."""
     if attention[0].shape[2] > 64 and len(attention) > 1:  # large blocks: faster layer by layer
         each = [spectra([layer], [own], opened) for layer, own in zip(cache, attention)]
         return torch.cat(each, dim=2)
@@ -179,8 +181,8 @@ def bam_scores(features, params, sizes):
     (P,4172), B = P x prompts, candidate-major -> (B,K,S). One head of attention, in which a token
     sees itself and the newer tokens of its layer: is it redundant, given what came after? With the
     slots flipped, newest first, that is the ordinary causal mask, and dead slots, now last, are
-    seen by no live one. Its output is a residual r and a multiplier m for the features: h = x (1 +
-    m) + r, score = h w + b. """
+    seen by no live one. The layers come in reverse, too. Its output is a residual r and a
+    multiplier m for the features: h = x (1 + m) + r, score = h w + b. """
     B, K, S, _ = features.shape
     p = unpack(params)
     x = features.flip(2).reshape(len(params), -1, N_IN)  # (P, prompts K S, 25), newest first
@@ -291,7 +293,7 @@ def by_rule(rule, budget, pool=False, last=False):
         """Keep the best by the rule."""
         n = len(cache)
         budgets = [budget] * n
-        if last:  # what one a layer below and all above leave
+        if last:  # the total, less one for each layer below, less all tokens for each above
             budgets = [max(1, budget * n - i - (n - 1 - i) * cache[0].seen) for i in range(n)]
         scores = [rule(layer, received, most)
                   for layer, received, most in zip(cache, attention, budgets)]

@@ -1124,6 +1124,20 @@ def test_fitness_is_the_candidate_s_own(parts):
     assert got.std() > 0.01 * got.mean()
 
 
+def test_a_context_of_one_block_is_read_once(parts):
+    """Two candidates on contexts as long as a block, which they share, against each alone. Catches:
+    a crash, or a block read twice, where nothing is left to read after the shared one."""
+    gpt, config = small_gpt(parts, 0.2, head_dim=32), evolve.Config(device="cpu", length=64)
+    own = evolve.Solution(0.3 * torch.randn(2, 4172), torch.zeros(17), torch.ones(17))
+    batch = data.prompts(parts[2]["evolve"], ["kv"] * 2, np.random.default_rng(0), 64)
+    assert batch.context == config.delay
+    both = evolve.evaluate(gpt, batch, config, evolve.manager(own, config), 2)
+    for who in (0, 1):
+        single = evolve.manager(dataclasses.replace(own, params=own.params[who]), config)
+        for together, alone in zip(both, evolve.evaluate(gpt, batch, config, single)):
+            torch.testing.assert_close(together.view(2, 2)[who], alone, atol=1e-5, rtol=1e-4)
+
+
 def test_fitness_of_the_paper_by_hand(parts, monkeypatch):
     """The share of exact answers over that of the full cache on the same prompts, at least 0.01.
     Catches: likelihoods, another divisor, a ratio of each prompt, a division by zero."""
@@ -1751,16 +1765,14 @@ def readme(kind):
 
 
 def test_the_changes_that_readme_shows_work(tmp_path, corpus):
-    """Every diff of README, applied to a copy, which must report on the new task and rule. Catches:
-    a recipe that no longer fits the code."""
+    """Both changes of README, at the end of a copy's files, which must report on the new task and
+    rule. Catches: a recipe that no longer fits the code."""
     for name in ("namm.py", "model.py", "evolve.py", "data.py"):
         shutil.copy(name, tmp_path)
-    for diff in readme("diff"):
-        sides = []
-        for keep in (" -", " +"):
-            sides.append("".join(line[1:] + "\n" for line in diff.splitlines() if line[0] in keep))
-        [path] = [path for path in tmp_path.glob("*.py") if sides[0] in path.read_text()]
-        path.write_text(path.read_text().replace(*sides))
+    _, rule, task = readme("python")
+    for name, code in (("namm.py", rule), ("data.py", task)):
+        path = tmp_path / name
+        path.write_text(path.read_text() + "\n\n" + code)
     line = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--report_at", "1",
             "--evolve_at", "1", "--methods", "namm,full,loud+pool"]
     done = subprocess.run([sys.executable, "evolve.py", *map(str, line)], cwd=tmp_path,
@@ -1772,7 +1784,7 @@ def test_the_changes_that_readme_shows_work(tmp_path, corpus):
 
 def test_the_token_that_readme_scores_by_hand_scores_so(capsys):
     """Catches: a README that explains another method than the code has."""
-    [code] = readme("python")
+    code, _, _ = readme("python")
     exec(code, {})
     by_hand, by_the_code = re.findall(r"-?\d+\.\d+", capsys.readouterr().out)
     assert float(by_hand) == pytest.approx(float(by_the_code), abs=1e-3)
