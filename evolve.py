@@ -29,7 +29,7 @@ from tqdm import tqdm
 import data
 import model
 import namm
-from model import GPT, GPTConfig, read, summed, train, world
+from model import GPT, GPTConfig, evict, read, summed, train, world
 
 try:
     import fcntl
@@ -148,6 +148,11 @@ class Solution:
     statistics = staticmethod(namm.statistics)
 
 
+def solution_of(state):
+    """The Solution of a namm.pt."""
+    return Solution(*(state[name] for name in ("params", "mean", "std", "zero")))
+
+
 def manager(solution, config, **changes):
     """NAMM as the settings say, with changes of theirs."""
     c = dataclasses.replace(config, **changes)
@@ -176,9 +181,7 @@ def answer_logits(gpt, batch, config, manage=None, copies=1):
             for layer in cache:
                 layer.repeat(copies)
             tokens, answer = tokens.repeat(copies, 1), answer.repeat(copies, 1)
-            _, keep = manage(cache, [own.repeat(copies, 1, 1, 1) for own in attention])
-            for layer, own in zip(cache, keep):
-                layer.evict(own)
+            evict(cache, [own.repeat(copies, 1, 1, 1) for own in attention], manage)
         if cache[0].seen < n:
             read(gpt, tokens[:, cache[0].seen:n], cache, config.delay if manage else n, manage)
         kept = model.kept(cache)  # (B,)
@@ -617,7 +620,7 @@ def table(rows):
 
 @dataclasses.dataclass
 class Config:
-    # A comment is a setting's help; words with | are all that it can be.
+    """Every setting. A comment is a setting's help; words with | are all that it can be."""
     out: str = ""  # folder of the run; runs/PRESET if not given
     base: str = ""  # a run: its GPT, tokeniser, words, length and text; or a checkpoint, or smollm2
     eval: str = ""  # a finished run to report on again: other lengths, texts, capacities
@@ -1063,8 +1066,7 @@ def run(config, out, encoding, parts, found, file):
     gpt = base_model(out, parts["train"], encoding.n_vocab, found, config, log)
     progress = found["progress"] or {"stage": None}
     if found["namm"]:
-        solution = Solution(*(found["namm"][name] for name in ("params", "mean", "std", "zero")))
-        cost = found["namm"]["cost"]
+        solution, cost = solution_of(found["namm"]), found["namm"]["cost"]
     else:
         state = progress if progress["stage"] == "evolution" else None
         solution, cost = evolve(gpt, parts, config, log, state, lambda state: save(
@@ -1126,8 +1128,7 @@ def main():
     if shown:
         for line in notes(config, encoding, found["text"]):
             print(line)
-        solution = Solution(*(found["namm"][name] for name in ("params", "mean", "std", "zero")))
-        gpt = restored(found["gpt"], config.device)
+        gpt, solution = restored(found["gpt"], config.device), solution_of(found["namm"])
         return show(example(gpt, solution, parts["report"], config, shown))
     go_on = f"python evolve.py --resume {out}"
     try:

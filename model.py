@@ -486,6 +486,16 @@ def train(gpt, batches, steps, lr, precision, at_once, state=None, keep=None):
 
 # --- 6. Reading a prompt in blocks, and writing on -----------------------------------------------
 
+def evict(cache, attention, manage, observe=None):
+    """Evict from all layers what manage(cache, attention) says; before that observe(cache, scores,
+    keep) may look on. See `read`."""
+    scores, keep = manage(cache, attention)
+    if observe:
+        observe(cache, scores, keep)
+    for layer, own in zip(cache, keep):
+        layer.evict(own)
+
+
 @torch.no_grad()
 def read(gpt, tokens, cache, delay, manage=None, begun=None, observe=None):
     """Read tokens (B,T) into the cache, in blocks that end where the tokens seen are a multiple of
@@ -504,11 +514,7 @@ def read(gpt, tokens, cache, delay, manage=None, begun=None, observe=None):
         begun = attention
         if cache[0].seen % delay == 0:
             if manage:
-                scores, keep = manage(cache, begun)
-                if observe:
-                    observe(cache, scores, keep)
-                for layer, own in zip(cache, keep):
-                    layer.evict(own)
+                evict(cache, begun, manage, observe)
             begun = None
     return hidden, begun
 

@@ -146,9 +146,10 @@ def features(average, age, mean, std, squash=True):
     return torch.cat([angle.sin(), angle.cos(), asinh(z) if squash else z], dim=-1)
 
 
-def statistics(totals, opened=True):
+def statistics(totals, opened=True, spectra=spectra):
     """A manager that keeps everything and adds up count, sum and sum of squares of the spectra,
-    over rows, heads, slots, layers and blocks, in `totals` (3,F) float64. See `mean_std`."""
+    over rows, heads, slots, layers and blocks, in `totals` (3,F) float64. See `mean_std`. Another
+    f(cache, attention, opened) may stand for `spectra`."""
     def manage(cache, attention):
         """Add the spectra to the totals."""
         with torch.autocast(totals.device.type, enabled=False):

@@ -137,15 +137,8 @@ def ablated(scorer="bam", features="all", heads="apart"):
         return manage
 
     def statistics(totals, opened):
-        """As namm.statistics."""
-        def manage(cache, attention):
-            """Add the spectra to the totals."""
-            with torch.autocast(totals.device.type, enabled=False):
-                x = spectra(cache, attention, opened).double().flatten(0, 2)  # (B K S, F)
-                number = torch.full_like(x[0], len(x))
-                totals.add_(torch.stack([number, x.sum(0), x.square().sum(0)]))
-            return None, [layer.alive for layer in cache]
-        return manage
+        """As namm.statistics, of these spectra."""
+        return namm.statistics(totals, opened, spectra)
 
     def steps():
         """Unit of the steps of each parameter, (n,)."""

@@ -21,8 +21,7 @@ def open_with_encoding(folder, options=()):
     encoding, parts, found = evolve.prepare(config, shown)
     for line in evolve.notes(config, encoding, found["text"]):
         print(line)
-    kept = found["namm"]
-    solution = evolve.Solution(kept["params"], kept["mean"], kept["std"], kept["zero"])
+    solution = evolve.solution_of(found["namm"])
     return config, evolve.restored(found["gpt"], config.device), solution, parts, encoding
 
 
