@@ -1,4 +1,4 @@
-"""Real text, a tokeniser learned from it, and eight long-context tasks over it.
+"""Real text, a tokeniser learned from it, and twelve long-context tasks over it.
 
   1. documents, deal      text that every Python carries, cut and dealt to four disjoint parts
   2. learn_bpe, tokenizer byte-pair ranks from the training part, served by tiktoken
@@ -204,6 +204,7 @@ class Part:
     looks_back: np.ndarray  # (V,) bool: in training the heads may be asked to recall here
     encode: callable  # str -> [token]
     decode: callable  # [token] -> str
+    functions: list  # [[token]]: names of functions in its text, of at most four tokens
     most_asked: int = 64  # tokens for the questions of a prompt, at most
 
     def text(self, rng, n):
@@ -280,9 +281,16 @@ def make_parts(texts, encoding, longest, words=None):
     ends_line = np.array([b.endswith(b"\n") for b in spelled])
     blank = np.array([not b.strip() for b in spelled])
     looks_back = np.array([not three.search(b.decode("utf-8", "ignore")) for b in spelled])
-    return {name: Part(stream, np.array(words[name]), np.array(words["values"]), ends_line, blank,
-                       looks_back, encoding.encode_ordinary, encoding.decode)
-            for name, stream in streams.items()}, words
+    parts, taken = {}, set()
+    for name in ("report", "choose", "evolve", "train"):  # the first to hold a function has it
+        found = set(re.findall(r"\bdef (\w+)\(", "\n".join(texts[name]))) - taken
+        taken |= found
+        spelled_out = encoding.encode_ordinary_batch(sorted(found))
+        functions = [tokens for tokens in spelled_out if len(tokens) <= 4]
+        parts[name] = Part(streams[name], np.array(words[name]), np.array(words["values"]),
+                           ends_line, blank, looks_back, encoding.encode_ordinary, encoding.decode,
+                           functions)
+    return parts, words
 
 
 # --- 4. Tasks: f(part, rng, n, room) -> a context of n tokens, [(question, answer), ...], of which
@@ -406,7 +414,81 @@ def copy(part, rng, n, room):
     return context, [(end + asks[i], values[i]) for i in rng.permutation(len(asks))]
 
 
+# Tasks in which facts come back, as in real text: what was looked up before is asked for again.
+
+def coming_back(part, rng, n, tell, use, keys):
+    """A context of n tokens in which facts come back, [(key, value)] of those that do, and of the
+    others. key: a list of tokens, from the front of `keys`; tell(key, value) and use(key, value)
+    are lines. In the first two fifths of the context facts are told, at most eight; in the rest
+    half of them are used again: each once, then some often, some rarely, by Zipf's law."""
+    early = n * 2 // 5
+    size = max(len(line(key, keys[0][:1])) for line in (tell, use) for key in keys[:8])
+    total = facts(early, size)
+    pairs = list(zip(keys, part.answers(rng, total)))
+    often, never = pairs[:(total + 1) // 2], pairs[(total + 1) // 2:]
+    zipf = 1 / np.arange(1, len(often) + 1)
+    more = max(0, facts(n - early, size) - len(often))
+    uses = [*range(len(often)), *rng.choice(len(often), more, p=zipf / zipf.sum())]
+    told = [tell(*pairs[i]) for i in rng.permutation(total)]
+    used = [use(*often[i]) for i in rng.permutation(uses)]
+    context = np.concatenate([weave(part, rng, told, early), weave(part, rng, used, n - early)])
+    return context, often, never
+
+
+def dialog(part, rng, n, room, asked_before=True):
+    """Facts are told, then some are asked and answered on the way; at the end these are asked.
+    Context: `... The header is optional. ... What is the header? optional. ...` question: `What is
+    the header?`"""
+    the, is_, end = part.encode("The"), part.encode(" is"), part.encode(".\n")
+    what, mark = part.encode("What is the"), part.encode("?")
+    context, often, never = coming_back(
+        part, rng, n, lambda key, value: the + key + is_ + [value] + end,
+        lambda key, value: what + key + mark + [value] + end,
+        [[key] for key in part.pick(rng, 8)])
+    asked = often if asked_before else never or often
+    line_end = part.encode("\n")
+    return context, [(line_end + what + asked[i][0] + mark, [asked[i][1]])
+                     for i in rng.permutation(len(asked))]
+
+
+def unasked(part, rng, n, room):
+    """The same context as `dialog`; at the end facts are asked that were not asked on the way."""
+    return dialog(part, rng, n, room, asked_before=False)
+
+
+def log(part, rng, n, room):
+    """Keys are set, read, and set anew; the last value counts. Context: `... set header optional
+    ... get header optional ... set header kinds ...` question: `get header`."""
+    set_, get, end = part.encode("set"), part.encode("get"), part.encode("\n")
+    events = facts(n, len(set_) + 3, 16)
+    keys, values = part.pick(rng, max(1, events // 4)), part.answers(rng, events)
+    now, lines = {}, []
+    for value in values:
+        key = keys[min(int(rng.pareto(1)), len(keys) - 1)]  # the first keys most often
+        anew = key not in now or rng.random() < 0.4
+        now[key] = value if anew else now[key]
+        lines.append((set_ if anew else get) + [key, now[key]] + end)
+    pairs = rng.permutation(list(now.items()))
+    return weave(part, rng, lines, n), [(end + get + [key], [value]) for key, value in pairs]
+
+
+def code(part, rng, n, room):
+    """Functions of the text are defined once, with a default, and called along the way. Context:
+    `... def walk(header): ... walk(header) ...` question: `walk(` answer: `header`."""
+    define, opening = part.encode("def "), part.encode("(")
+    closing, called = part.encode("):\n"), part.encode(")\n")
+    line_end = part.encode("\n")
+    names = [part.functions[i] for i in rng.permutation(len(part.functions))[:8]]
+    names = names if len(names) == 8 else [[key] for key in part.pick(rng, 8)]
+    context, often, _ = coming_back(
+        part, rng, n, lambda key, value: define + key + opening + [value] + closing,
+        lambda key, value: key + opening + [value] + called, names)
+    return context, [(line_end + often[i][0] + opening, [often[i][1]])
+                     for i in rng.permutation(len(often))]
+
+
 TASKS = {task.__name__: task for task in (lm, needle, multikey, kv, passage, count, trace, copy)}
+COMING_BACK = {task.__name__: task for task in (dialog, unasked, log, code)}
 
 
 # --- 5. Prompts as tensors -----------------------------------------------------------------------
@@ -438,7 +520,7 @@ def prompts(part, tasks, rng, length):
     n = length - room
     tokens, answer = np.full((len(tasks), length), pad), np.zeros((len(tasks), length), dtype=int)
     for i, task in enumerate(tasks):
-        make = TASKS.get(task, task)
+        make = (TASKS | COMING_BACK).get(task, task)
         tokens[i, :n], questions = make(part, rng, n, room)
         end = n
         for which, (question, reply) in enumerate(questions, 1):
@@ -496,7 +578,7 @@ def words_to_recall(batch, part, rng, share):
     return torch.from_numpy(words)
 
 
-def lesson(part, rng, done, length, tokens, recall):
+def lesson(part, tasks, rng, done, length, tokens, recall):
     """What a training step learns from, when a share `done` of all is over: (Batch, words to
     recall). The shortest prompts at first, then all lengths but the longest, half the `tokens`
     each; then mostly the longest. The hardest tasks come twice as often. The heads are asked to
@@ -509,6 +591,6 @@ def lesson(part, rng, done, length, tokens, recall):
         own, tokens = int(rng.choice(lengths[:-1] or lengths)), tokens // 2
     else:
         own = int(rng.choice(lengths, p=odds / odds.sum()))
-    tasks = rng.choice([*TASKS, "kv", "trace"], max(1, tokens // own))
-    batch = prompts(part, tasks, rng, own)
+    twice = [task for task in ("kv", "trace") if task in tasks]
+    batch = prompts(part, rng.choice([*tasks, *twice], max(1, tokens // own)), rng, own)
     return batch, words_to_recall(batch, part, rng, recall if done >= 0.25 else 0.0)

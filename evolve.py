@@ -159,7 +159,8 @@ def manager(solution, config, **changes):
     params, mean, std = (x.to(c.device) for x in (solution.params, solution.mean, solution.std))
     threshold = c.threshold + (0.0 if c.capacity else solution.zero)
     return solution.method(torch.atleast_2d(params), mean, std, threshold, c.capacity,
-                           c.slots == "shared", c.frames == "opened", c.squash == "asinh")
+                           c.slots == "shared", c.frames == "opened", c.squash == "asinh",
+                           namm.MEMORIES[c.memory])
 
 
 def precision(device):
@@ -248,11 +249,12 @@ def prompts(part, task, count, rng, length, device):
 
 def feature_statistics(gpt, part, config, kind=Solution):
     """Mean and standard deviation of the spectra over the full cache, (F,) each."""
-    totals = torch.zeros(3, namm.F, dtype=torch.float64, device=config.device)
+    memories = namm.MEMORIES[config.memory]
+    totals = torch.zeros(3, len(memories) * namm.F, dtype=torch.float64, device=config.device)
     rng, longest = np.random.default_rng([config.seed, 1]), config.length * max(config.evolve_at)
     for task in config.evolve_on.split(","):
         batch, own = prompts(part, task, 8, rng, longest, config.device), torch.zeros_like(totals)
-        evaluate(gpt, batch, config, kind.statistics(own, config.frames == "opened"))
+        evaluate(gpt, batch, config, kind.statistics(own, config.frames == "opened", memories))
         totals += own
     return namm.mean_std(totals.cpu())
 
@@ -377,7 +379,8 @@ def evolve(gpt, parts, config, log, state, keep, kind=Solution):
     choose by, which are never evolved on. (config.pick "last": the last mean, as in the paper.)
     Generation 0, all zeros, drops nothing of its own accord: only the capacity evicts."""
     mean, std = feature_statistics(gpt, parts["evolve"], config, kind)
-    best, scale = full_likelihood(gpt, parts["evolve"], config), kind.scale()
+    best = full_likelihood(gpt, parts["evolve"], config)
+    scale = kind.scale(namm.shapes(namm.N_AGE + len(mean)))
     es = CMAES(torch.zeros(len(scale)), config.sigma, config.popsize, config.seed,
                config.covariance == "diagonal")
 
@@ -447,12 +450,14 @@ def slots_of(share, n, config):
     return share * n - (n % config.delay if n >= config.delay else 0)
 
 
-def every_task(part, count, seed, length, device):
-    """`count` prompts of each task, task by task, in one Batch on the device. seed: [numbers]."""
-    batches = [prompts(part, task, count, np.random.default_rng([*seed, t]), length, device)
-               for t, task in enumerate(data.TASKS)]
-    return dataclasses.replace(batches[0], tokens=torch.cat([own.tokens for own in batches]),
-                               answer=torch.cat([own.answer for own in batches]))
+def every_task(part, config, count, seed, length):
+    """`count` prompts of each of config.tasks, one task after the other, in one Batch on the
+    device. seed: [numbers]."""
+    batches = [prompts(part, task, count, np.random.default_rng([*seed, t]), length, config.device)
+               for t, task in enumerate(config.tasks.split(","))]
+    return data.Batch(torch.cat([own.tokens for own in batches]),
+                      torch.cat([own.answer for own in batches]), batches[0].context,
+                      [task for own in batches for task in own.tasks])
 
 
 def report(gpt, solution, part, config, rules=namm.RULES):
@@ -469,7 +474,7 @@ def report(gpt, solution, part, config, rules=namm.RULES):
     for times in config.report_at:
         count = config.report_prompts if times <= 4 else config.far_prompts
         length = times * config.length
-        batch = every_task(part, count, [config.seed, 4, times], length, config.device)
+        batch = every_task(part, config, count, [config.seed, 4, times], length)
         adds, slots = {}, None
         for method in methods:
             began, used = time.time(), gpt.scaled(times) if method == "ntk" else gpt
@@ -494,8 +499,9 @@ def task_rows(method, got, batch, adds):
     """A method's rows of the report at one length, one a task, from what `evaluate` gave it on a
     batch of `every_task`. adds {(method, task): what each prompt adds to the score}: filled in
     here, NAMM first, since the others are compared with it."""
-    rows, count = [], len(got[0]) // len(data.TASKS)
-    for t, task in enumerate(data.TASKS):
+    tasks = list(dict.fromkeys(batch.tasks))
+    rows, count = [], len(batch.tasks) // len(tasks)
+    for t, task in enumerate(tasks):
         own = slice(t * count, (t + 1) * count)
         exact, _, logprob, cache = (x[own] for x in got)  # (count,) each
         value = score(task, exact, logprob)
@@ -518,7 +524,7 @@ def curve(gpt, solution, part, config):
     few prompts of one length. One vector gives NAMM's whole curve; the rules keep as many slots."""
     rows, length = [], config.length * min(4, max(config.report_at))
     count = min(2, config.report_prompts)
-    batch = every_task(part, count, [config.seed, 7, length], length, config.device)
+    batch = every_task(part, config, count, [config.seed, 7, length], length)
     for share in (1 / 8, 1 / 4, 1 / 2, 1, 2):
         capacity, slots = math.ceil(share * (config.capacity or config.delay)), None
         cut = dataclasses.replace(config, capacity=capacity, threshold=-math.inf)
@@ -526,7 +532,7 @@ def curve(gpt, solution, part, config):
             manage = managed(method, solution, slots, cut)
             exact, _, logprob, cache = evaluate(gpt, batch, cut, manage)
             slots = slots or slots_of(cache.mean().item(), batch.context, cut)
-            by_task = zip(data.TASKS, exact.split(count), logprob.split(count))
+            by_task = zip(batch.tasks[::count], exact.split(count), logprob.split(count))
             rows.append({"method": method, "length": length, "capacity": capacity, "slots": slots,
                          "seed": config.seed,
                          "score": float(np.mean([score(*own) for own in by_task]))})
@@ -550,7 +556,7 @@ def watch(gpt, solution, batch, config):
             row, head, slot = layer.alive.nonzero(as_tuple=True)
             at = row, head, layer.positions[row, head, slot]
             own["score"][at] = score[row, head, slot]
-            own["spectrum"][at] = layer.state["memory"][row, head, slot, namm.HOP:]
+            own["spectrum"][at] = layer.state["memory"][row, head, slot, namm.HOP:][:, :namm.F]
             own["lives"][at] = stays[row, head, slot]
 
     cache = gpt.new_cache(len(batch.tokens), config.positions == "renumbered")
@@ -602,7 +608,8 @@ def show(shown):
 def table(rows):
     """The report as Markdown, a table for each length: a method's score on each task, the mean, its
     share of the cache, and how much NAMM is ahead, with a 95 % interval over prompts."""
-    lines, head = [], ["method", *data.TASKS, "all", "cache", "NAMM ahead"]
+    tasks = dict.fromkeys(row["task"] for row in rows)
+    lines, head = [], ["method", *tasks, "all", "cache", "NAMM ahead"]
     for n in sorted({row["length"] for row in rows}):
         lines += [f"\n{n} tokens\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for method in dict.fromkeys(row["method"] for row in rows if row["length"] == n):
@@ -651,6 +658,7 @@ class Config:
     # the manager
     frames: str = "opened"  # opened|closed: the newest queries count at once, or in whole frames
     squash: str = "asinh"  # asinh|none: of the normalised spectrum
+    memory: str = "block"  # block|both: of attention, about a block; or another of ten blocks, too
     # evolution
     evolve_on: str = "passage,kv,copy"  # tasks; all others in the report are new to the manager
     generations: int = 40  # generations
@@ -665,6 +673,7 @@ class Config:
     choose_prompts: int = 8  # prompts a task in a validation
     pick: str = "best"  # best|last: the best average of means, or the last mean
     # report
+    tasks: str = ",".join(data.TASKS)  # what the GPT learns, and the report asks
     report_prompts: int = 8  # prompts for each task and length in the report
     far_prompts: int = 2  # the same beyond 4 times the training length
     report_at: tuple = (1, 4, 8, 16)  # lengths to report at, in training lengths
@@ -755,7 +764,8 @@ def parse(line=None):
                             help=comment.replace("%", "%%") + f" [{default}]")
     parser.add_argument("--resume", type=words, help="go on with the run in this folder")
     parser.add_argument("--show", type=words, help="print what a finished run keeps of a prompt")
-    parser.add_argument("--task", choices=data.TASKS, default="kv", help="of the prompt to show")
+    parser.add_argument("--task", choices=data.TASKS | data.COMING_BACK, default="kv",
+                        help="of the prompt to show")
     given = vars(parser.parse_args(joined(sys.argv[1:] if line is None else line)))
     for name in {"corpus", "base", "eval", "resume", "show"} & set(given):
         if given[name] != "smollm2":  # a name; a path is to mean the same from any working folder
@@ -787,11 +797,13 @@ def check(c):
         if not positive and f.name not in may_be_zero:
             raise ValueError(f"--{f.name} must be above 0")
     shortest, evolved = c.length * min(c.evolve_at), c.evolve_on.split(",")
+    known = data.TASKS | data.COMING_BACK
     n, methods = shortest - data.question_tokens(shortest), set(c.methods.split(","))
     for holds, message in [
         (c.device == "cpu" or torch.cuda.is_available(), "device cuda: PyTorch finds no GPU"),
-        (set(evolved) <= set(data.TASKS) and len(set(evolved)) == len(evolved),
-         f"evolve_on: one or more of {', '.join(data.TASKS)}, each once"),
+        *((set(own) <= set(known) and len(set(own)) == len(own),
+           f"{name}: one or more of {', '.join(known)}, each once")
+          for name, own in (("evolve_on", evolved), ("tasks", c.tasks.split(",")))),
         (1 <= c.stages <= min(len(evolved), c.generations),
          f"stages: from 1 to --generations, and to the number of tasks evolved on, {len(evolved)}"),
         (c.head_dim % 2 == 0 and c.head_dim > 2, "head_dim must be even, and 4 or more"),
@@ -1019,8 +1031,8 @@ def base_model(out, part, n_vocab, found, config, log):
     def lesson(step):
         """A step's batch, words to recall, and seed."""
         rng, done = np.random.default_rng([config.seed, 0, step]), step / config.steps
-        batch, words = data.lesson(part, rng, done, config.length, config.batch_tokens,
-                                   config.recall)
+        batch, words = data.lesson(part, config.tasks.split(","), rng, done, config.length,
+                                   config.batch_tokens, config.recall)
         return batch, words, config.seed * 1_000_003 + step
 
     workers = {}

@@ -28,15 +28,25 @@ N_FFT, HOP = 32, 16  # samples in a window, and from one window to the next
 F = N_FFT // 2 + 1  # 17 frequency bins
 MEMORY = 0.99 ** 512  # what a block leaves of all before it in the moving average: the paper's
                       # 0.99 a token over its 512; shorter blocks forget as much
+# both: beside it a slow one, of about ten blocks, which is not in the paper
+MEMORIES = {"block": (MEMORY,), "both": (MEMORY, 0.9)}
 N_AGE = 8  # features of a token's age
 N_IN = N_AGE + F  # 25 features a token
 WIDTH = 32  # of the backward attention
-SHAPES = {"Wqkv": (N_IN, 3 * WIDTH), "bqkv": (3 * WIDTH,), "Wo": (WIDTH, 2 * N_IN),
-          "bo": (2 * N_IN,), "w": (N_IN, 1), "b": (1,)}  # the flat vector, in this order
+
+
+def shapes(n_in=N_IN):
+    """{name: shape} of the parameters for so many features a token: the flat vector's order."""
+    return {"Wqkv": (n_in, 3 * WIDTH), "bqkv": (3 * WIDTH,), "Wo": (WIDTH, 2 * n_in),
+            "bo": (2 * n_in,), "w": (n_in, 1), "b": (1,)}
+
+
+SHAPES = shapes()
 N_PARAMS = sum(torch.Size(shape).numel() for shape in SHAPES.values())  # 4172
 
 
-def namm(params, mean, std, threshold=0.0, capacity=0, shared=False, opened=True, squash=True):
+def namm(params, mean, std, threshold=0.0, capacity=0, shared=False, opened=True, squash=True,
+         memories=MEMORIES["block"]):
     """A manager of a cache: manage(cache, attention) -> (scores, keep), (B,K,S) of each layer.
 
     params (P,4172), mean and std (F,): statistics of the spectra, frozen (see `statistics`). A
@@ -48,7 +58,7 @@ def namm(params, mean, std, threshold=0.0, capacity=0, shared=False, opened=True
     def manage(cache, attention):
         """Judge all slots after a block."""
         with torch.autocast(mean.device.type, enabled=False):  # float32, whatever the GPT has
-            spectrum = spectra(cache, attention, opened)  # (B,K,S,F)
+            spectrum = spectra(cache, attention, opened, memories)  # (B,K,S,F)
             age = cache[0].seen - 1 - side_by_side(cache, "positions")  # (B,K,S)
             x = features(spectrum, age, mean, std, squash)  # (B,K,S,25)
             scores = bam_scores(x, params, slots_of_layers(cache))  # (B,K,S)
@@ -102,31 +112,35 @@ def moving_average(frames, old, gamma):
     return old
 
 
-def spectra(cache, attention, opened=True):
+def spectra(cache, attention, opened=True, memories=MEMORIES["block"]):
     """The spectrum of each slot, (B,K,S,F), after a block with attention [(B,K,T,S)]: the block's
     frames, averaged with what the cache remembers of a slot in its state "memory", (B,K,S,HOP+F):
-    the last HOP values of its attention, and its spectrum.
+    the last HOP values of its attention, and its spectrum. memories: what a block leaves of all
+    before it; of several, the spectra stand one after the other, (B,K,S,F) each.
 
     Not in the paper: a Hann window falls to zero, so complete frames hardly count the newest
     queries, which know best what will be asked for. If `opened`, the frame that they have opened
     counts as well, its other half zeros. A token is judged by it, but it is not remembered. In
     blocks of 32 it is 92 % of a spectrum, the block's last complete frame 7 %, all else 1 %."""
     if attention[0].shape[2] > 64 and len(attention) > 1:  # large blocks: faster layer by layer
-        each = [spectra([layer], [own], opened) for layer, own in zip(cache, attention)]
+        each = [spectra([layer], [own], opened, memories) for layer, own in zip(cache, attention)]
         return torch.cat(each, dim=2)
     new = torch.cat(attention, dim=3).float()  # (B,K,T,S)
     B, K, T, S = new.shape
-    memory, gamma = new.new_zeros(B, K, HOP + F, S), MEMORY ** (HOP / T)
+    memory = new.new_zeros(B, K, HOP + len(memories) * F, S)
     if "memory" in cache[0].state:
         memory = torch.cat([layer.state["memory"] for layer in cache], dim=2).mT
-    tail, average = memory.split([HOP, F], dim=2)
+    tail, *averages = memory.split([HOP] + [F] * len(memories), dim=2)
     samples = torch.cat([tail, new, new.new_zeros(B, K, HOP, S)], dim=2)  # (B,K,HOP+T+HOP,S)
     frames = spectrogram(samples)  # (B,K,T/HOP+1,F,S)
-    average = moving_average(frames[:, :, :-1], average, gamma)
-    memory = torch.cat([new[:, :, -HOP:], average], dim=2).mT
+    gammas = [memory ** (HOP / T) for memory in memories]
+    averages = [moving_average(frames[:, :, :-1], *one) for one in zip(averages, gammas)]
+    memory = torch.cat([new[:, :, -HOP:], *averages], dim=2).mT
     for layer, own in zip(cache, memory.split(slots_of_layers(cache), dim=2)):
         layer.state["memory"] = own
-    return (frames[:, :, -1].lerp(average, gamma) if opened else average).mT
+    if opened:
+        averages = [frames[:, :, -1].lerp(*one) for one in zip(averages, gammas)]
+    return torch.cat(averages, dim=2).mT
 
 
 # --- 3. Spectrum and age -> features -------------------------------------------------------------
@@ -146,14 +160,14 @@ def features(average, age, mean, std, squash=True):
     return torch.cat([angle.sin(), angle.cos(), asinh(z) if squash else z], dim=-1)
 
 
-def statistics(totals, opened=True, spectra=spectra):
+def statistics(totals, opened=True, memories=MEMORIES["block"], spectra=spectra):
     """A manager that keeps everything and adds up count, sum and sum of squares of the spectra,
     over rows, heads, slots, layers and blocks, in `totals` (3,F) float64. See `mean_std`. Another
-    f(cache, attention, opened) may stand for `spectra`."""
+    f(cache, attention, opened, memories) may stand for `spectra`."""
     def manage(cache, attention):
         """Add the spectra to the totals."""
         with torch.autocast(totals.device.type, enabled=False):
-            x = spectra(cache, attention, opened).double().flatten(0, 2)  # (B K S, F)
+            x = spectra(cache, attention, opened, memories).double().flatten(0, 2)  # (B K S, F)
             count = torch.full_like(x[0], len(x))
             totals.add_(torch.stack([count, x.sum(0), x.square().sum(0)]))
         return None, [layer.alive for layer in cache]
@@ -184,9 +198,9 @@ def bam_scores(features, params, sizes):
     slots flipped, newest first, that is the ordinary causal mask, and dead slots, now last, are
     seen by no live one. The layers come in reverse, too. Its output is a residual r and a
     multiplier m for the features: h = x (1 + m) + r, score = h w + b. """
-    B, K, S, _ = features.shape
-    p = unpack(params)
-    x = features.flip(2).reshape(len(params), -1, N_IN)  # (P, prompts K S, 25), newest first
+    B, K, S, n_in = features.shape
+    p = unpack(params, shapes(n_in))
+    x = features.flip(2).reshape(len(params), -1, n_in)  # (P, prompts K S, 25), newest first
     qkv = torch.baddbmm(p["bqkv"][:, None], x, p["Wqkv"]).view(B, K, S, 3 * WIDTH)
     o = [scaled_dot_product_attention(*layer.split(WIDTH, dim=-1), is_causal=True)
          for layer in qkv.split(sizes[::-1], dim=2)]  # (B,K,S of a layer,32) each
@@ -199,7 +213,7 @@ def bam_scores(features, params, sizes):
 def scale(shapes=SHAPES):
     """1 / sqrt(number of inputs) of each parameter, (n,): the unit of its steps, so that one sigma
     fits all. A bias has that of its matrix."""
-    inputs = {"bqkv": N_IN, "bo": WIDTH, "b": shapes["w"][0]}
+    inputs = {"bqkv": shapes["w"][0], "bo": WIDTH, "b": shapes["w"][0]}
     return torch.cat([torch.full(shape, inputs.get(name, shape[0]) ** -0.5).flatten()
                       for name, shape in shapes.items()])
 

@@ -94,7 +94,7 @@ def moments(attention):
 
 def plain_spectra(frames_of):
     """As namm.spectra, of plainer frames: f(cache, attention [(B,K,T,S)], opened) -> (B,K,S,F)."""
-    def spectra(cache, attention, opened):
+    def spectra(cache, attention, opened, memories):
         """The block's frames, averaged with what the cache remembers; none is half full."""
         new = torch.cat(attention, dim=3).float()  # (B,K,T,S)
         B, K, T, S = new.shape
@@ -120,13 +120,14 @@ def ablated(scorer="bam", features="all", heads="apart"):
     scores_of, shapes = SCORERS[scorer]
     spectra = SPECTRA.get(features, namm.spectra)
 
-    def method(params, mean, std, threshold, capacity, shared, opened, squash):
+    def method(params, mean, std, threshold, capacity, shared, opened, squash, memories):
         """As namm.namm."""
         def manage(cache, attention):
             """Judge all slots after a block."""
             with torch.autocast(mean.device.type, enabled=False):
                 age = cache[0].seen - 1 - namm.side_by_side(cache, "positions")  # (B,K,S)
-                x = namm.features(spectra(cache, attention, opened), age, mean, std, squash)
+                spectrum = spectra(cache, attention, opened, memories)
+                x = namm.features(spectrum, age, mean, std, squash)
                 if features in BLIND:
                     x[..., BLIND[features]] = 0.0
                 alive = namm.side_by_side(cache, "alive")
@@ -136,11 +137,11 @@ def ablated(scorer="bam", features="all", heads="apart"):
             return namm.stays(cache, scores, threshold, [capacity] * len(cache), shared)
         return manage
 
-    def statistics(totals, opened):
+    def statistics(totals, opened, memories):
         """As namm.statistics, of these spectra."""
-        return namm.statistics(totals, opened, spectra)
+        return namm.statistics(totals, opened, memories, spectra)
 
-    def steps():
+    def steps(_):
         """Unit of the steps of each parameter, (n,)."""
         return scale(shapes)
     parts = {"method": method, "scale": steps, "statistics": statistics}
@@ -171,6 +172,8 @@ def main(line):
     """Evolve the plainer NAMM, report on it and on the run's own, write both files."""
     folder, out, changed, options = parse(line)
     config, gpt, solution, parts = runs.open_run(folder, options)
+    if config.memory != "block":
+        raise ValueError(f"{folder}: has --memory {config.memory}; plainer parts have one")
     if "heads" in changed and config.n_kv_head == 1:
         raise ValueError(f"--heads together: the GPT of {folder} has one KV head a layer")
     config.methods = config.methods or "namm,full"

@@ -81,8 +81,8 @@ def kept_by_kind(gpt, solution, part, config):
     of those that stayed and of those that went, each when it was last judged, zeros for none."""
     count, rows = min(8, config.rows), []
     longest = config.length * max(config.evolve_at)
-    batch = evolve.every_task(part, count, [config.seed, 8], longest, config.device)
-    chosen = np.repeat([task != "lm" for task in data.TASKS], count)  # `lm` asks for nothing said
+    batch = evolve.every_task(part, config, count, [config.seed, 8], longest)
+    chosen = np.array(batch.tasks) != "lm"  # which asks for nothing that was said
     batch = batch.each(lambda x: x[torch.from_numpy(chosen).to(x.device)])
     fate, kinds = evolve.watch(gpt, solution, batch, config), kinds_of(part, batch)
 

@@ -80,7 +80,7 @@ def test_small_scorers_by_hand(scorer):
             want = hidden @ p[416:432] + p[432]
         torch.testing.assert_close(got[row, 0], want, atol=1e-4, rtol=1e-4)
     steps = {"linear": [1 / 5] * 26, "mlp": [1 / 5] * 416 + [1 / 4] * 17}[scorer]
-    assert ablations.ablated(scorer=scorer).scale().tolist() == pytest.approx(steps)
+    assert ablations.ablated(scorer=scorer).scale(None).tolist() == pytest.approx(steps)
 
 
 def test_without_the_mask_every_live_slot_is_seen():
@@ -315,7 +315,7 @@ def test_kinds_and_what_is_kept_of_them(loud):
             assert {kind: bool(mask[row, at]) for kind, mask in got.items()} == want
     rows = probes.kept_by_kind(gpt, solution, part, config)
     count = min(8, config.rows)
-    batch = evolve.every_task(part, count, [config.seed, 8], 128, "cpu")
+    batch = evolve.every_task(part, config, count, [config.seed, 8], 128)
     cache = gpt.new_cache(7 * count, True)
     model.read(gpt, batch.tokens[count:, :n], cache, 16, evolve.manager(solution, config))
     for layer, own in enumerate(cache):
