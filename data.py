@@ -281,16 +281,24 @@ def make_parts(texts, encoding, longest, words=None):
     ends_line = np.array([b.endswith(b"\n") for b in spelled])
     blank = np.array([not b.strip() for b in spelled])
     looks_back = np.array([not three.search(b.decode("utf-8", "ignore")) for b in spelled])
-    parts, taken = {}, set()
-    for name in ("report", "choose", "evolve", "train"):  # the first to hold a function has it
-        found = set(re.findall(r"\bdef (\w+)\(", "\n".join(texts[name]))) - taken
+    if "functions" not in words:
+        words = words | {"functions": function_names(texts, encoding)}
+    return {name: Part(stream, np.array(words[name]), np.array(words["values"]), ends_line, blank,
+                       looks_back, encoding.encode_ordinary, encoding.decode,
+                       words["functions"][name])
+            for name, stream in streams.items()}, words
+
+
+def function_names(texts, encoding):
+    """{part: [[token]]}: names of Python functions in each part's text, at most 500 of at most four
+    tokens. A name in two texts is of one part."""
+    names, taken = {}, set()
+    for part in ("report", "choose", "evolve", "train"):
+        found = set(re.findall(r"\bdef (\w+)\(", "\n".join(texts[part]))) - taken
         taken |= found
-        spelled_out = encoding.encode_ordinary_batch(sorted(found))
-        functions = [tokens for tokens in spelled_out if len(tokens) <= 4]
-        parts[name] = Part(streams[name], np.array(words[name]), np.array(words["values"]),
-                           ends_line, blank, looks_back, encoding.encode_ordinary, encoding.decode,
-                           functions)
-    return parts, words
+        tokens = [encoding.encode_ordinary(name) for name in sorted(found)]
+        names[part] = [own for own in tokens if len(own) <= 4][:500]
+    return names
 
 
 # --- 4. Tasks: f(part, rng, n, room) -> a context of n tokens, [(question, answer), ...], of which
@@ -421,8 +429,8 @@ def coming_back(part, rng, n, tell, use, keys):
     others. key: a list of tokens, from the front of `keys`; tell(key, value) and use(key, value)
     are lines. In the first two fifths of the context facts are told, at most eight; in the rest
     half of them are used again: each once, then some often, some rarely, by Zipf's law."""
-    early = n * 2 // 5
-    size = max(len(line(key, keys[0][:1])) for line in (tell, use) for key in keys[:8])
+    size = max(len(line(key, 0)) for line in (tell, use) for key in keys)
+    early = max(size, n * 2 // 5)
     total = facts(early, size)
     pairs = list(zip(keys, part.answers(rng, total)))
     often, never = pairs[:(total + 1) // 2], pairs[(total + 1) // 2:]

@@ -427,16 +427,27 @@ def evolve(gpt, parts, config, log, state, keep, kind=Solution):
 
 SHOWN = ("namm", "namm_uncapped", "full", "ntk", "tova+pool", "snapkv+pool",
          "recent_attention+pool", "snapkv+lastlayer")
-METHODS = (*SHOWN[:4], *(rule + how for rule in namm.RULES for how in ("", "+pool", "+lastlayer")))
+METHODS = (*SHOWN[:4], "random_vectors", *(
+    rule + how for rule in namm.RULES for how in ("", "+pool", "+lastlayer")))
+RANDOM = 12  # vectors of "random_vectors"
+
+
+def random_vectors(solution, config):
+    """The solution with vectors that nobody evolved, (RANDOM,4172): CMA-ES's first distribution."""
+    scale = solution.scale(namm.shapes(namm.N_AGE + len(solution.mean)))
+    es = CMAES(torch.zeros(len(scale)), config.sigma, RANDOM, config.seed + 2 ** 32, diagonal=True)
+    return dataclasses.replace(solution, params=(es.ask() * scale).float())
 
 
 def managed(method, solution, slots, config, rules=namm.RULES):
     """The manager of a method's name, None for a full cache. namm_uncapped: NAMM without the
     capacity it was evolved with. A rule keeps as many slots as `namm` kept in the mean: in each
     layer; or, with +pool, in the mean over layers; or, with +lastlayer, the same number in the last
-    layer first."""
+    layer first. random_vectors: RANDOM of them at once."""
     if method in ("full", "ntk"):
         return None
+    if method == "random_vectors":
+        return manager(random_vectors(solution, config), config)
     if method in ("namm", "namm_uncapped"):
         return manager(solution, config, **({"capacity": 0} if method == "namm_uncapped" else {}))
     name, _, how = method.partition("+")
@@ -478,11 +489,17 @@ def report(gpt, solution, part, config, rules=namm.RULES):
         adds, slots = {}, None
         for method in methods:
             began, used = time.time(), gpt.scaled(times) if method == "ntk" else gpt
-            got = evaluate(used, batch, config, managed(method, solution, slots, config, rules))
-            got = [x.cpu() for x in got]
+            copies = RANDOM if method == "random_vectors" else 1
+            manage = managed(method, solution, slots, config, rules)
+            got = evaluate(used, batch, config, manage, copies)
+            got = [x.cpu().view(copies, -1) for x in got]  # (copies,prompts) each
+            means = {method: [x.mean(0) for x in got]}
+            if copies > 1:
+                best = got[0].mean(1).argmax()
+                means["random_vectors_best"] = [x[best] for x in got]
             if method == "namm":
                 slots = slots_of(got[3].mean().item(), batch.context, config)
-            own = task_rows(method, got, batch, adds)
+            own = [row for name, x in means.items() for row in task_rows(name, x, batch, adds)]
             for row in own:
                 row |= {"length": length, "seed": config.seed,
                         "seconds": (time.time() - began) / len(own)}
