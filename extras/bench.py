@@ -177,7 +177,7 @@ def bench_training(gpt, part, config):
     """Speed of training steps at the training length, and where their time goes."""
     c, device, rng, gpt = config, config.device, np.random.default_rng(0), copy.deepcopy(gpt)
     count = c.batch_tokens // c.length
-    batch = data.prompts(part, rng.choice(list(data.TASKS), count), rng, c.length)
+    batch = data.prompts(part, rng.choice(c.tasks.split(","), count), rng, c.length)
     words = data.words_to_recall(batch, part, rng, c.recall)
 
     def steps(count):
