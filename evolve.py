@@ -480,6 +480,7 @@ def report(gpt, solution, part, config, rules=namm.RULES):
     paired. For needle, depths: the score by where it was, in five equal parts of the context."""
     rows, methods = [], config.methods.split(",") if config.methods else SHOWN
     methods = sorted(methods, key=lambda method: method != "namm")  # whose slots the rules get
+    trained = getattr(gpt, "trained_length", None) or config.length  # a checkpoint's own, if known
     bar = tqdm(total=len(methods) * len(config.report_at), desc="report", mininterval=1,
                dynamic_ncols=True, disable=None)
     for times in config.report_at:
@@ -488,10 +489,10 @@ def report(gpt, solution, part, config, rules=namm.RULES):
         batch = every_task(part, config, count, [config.seed, 4, times], length)
         adds, slots = {}, None
         for method in methods:
-            began, used = time.time(), gpt.scaled(times) if method == "ntk" else gpt
+            began, stretch = time.time(), max(1, length / trained) if method == "ntk" else 1
             copies = RANDOM if method == "random_vectors" else 1
             manage = managed(method, solution, slots, config, rules)
-            got = evaluate(used, batch, config, manage, copies)
+            got = evaluate(gpt.scaled(stretch), batch, config, manage, copies)
             got = [x.cpu().view(copies, -1) for x in got]  # (copies,prompts) each
             means = {method: [x.mean(0) for x in got]}
             if copies > 1:
@@ -604,8 +605,9 @@ def example(gpt, solution, part, config, task="kv"):
     for layer, fate in enumerate(watch(gpt, solution, batch, config)):
         for head in range(config.n_kv_head):
             shown["heads"].append(f"layer {layer}, head {head}")
-            for name in ("lives", "score", "spectrum"):
-                shown[name].append(fate[name][0, head].tolist())
+            shown["lives"].append(fate["lives"][0, head].tolist())
+            for name in ("score", "spectrum"):
+                shown[name].append(fate[name][0, head].double().round(decimals=4).tolist())
     return shown
 
 

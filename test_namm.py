@@ -1241,6 +1241,20 @@ def test_a_rule_gets_the_slots_of_namm(parts):
         assert evolve.slots_of(share, n, config) == slots
 
 
+def test_ntk_begins_beyond_the_length_that_a_checkpoint_was_trained_on(parts):
+    """Catches: angles stretched by the length of the run's prompts, though the GPT has read longer
+    ones."""
+    gpt, config = small_gpt(parts, noise=0.2), settings(
+        report_at=(1, 2, 4), report_prompts=1, tasks="lm,kv", methods="namm,full,ntk")
+    gpt.trained_length = 128  # twice config.length
+    zero = evolve.Solution(torch.zeros(4172), torch.zeros(17), torch.ones(17))
+    rows = {(row["method"], row["task"], row["length"]): row["logprob"]
+            for row in evolve.report(gpt, zero, parts[2]["report"], config)}
+    for length in (64, 128, 256):
+        same = rows["ntk", "lm", length] == pytest.approx(rows["full", "lm", length], rel=1e-6)
+        assert same == (length <= 128)
+
+
 def test_random_vectors_are_reported_by_their_mean_and_the_best(parts):
     """Each vector evaluated alone. Catches: the mean over the wrong axis of (vectors, prompts), a
     best prompt for a best vector, slots that are not NAMM's."""
