@@ -31,6 +31,7 @@ METHODS = {
     "namm": ("NAMM", ORANGE, ROUND, ""),
     "namm_uncapped": ("NAMM, no cap", ORANGE, ROUND, "6 4"),
     "random_vectors": ("NAMM, random vectors", GREY, SQUARE, ""),
+    "random_vectors_best": ("NAMM, best of 12 random vectors", GREY, SQUARE, "6 4"),
     "random": ("Random", GREY, TRIANGLE, ""),
     "recent": ("Newest tokens", GREY, TRIANGLE, ""),
     "streaming": ("StreamingLLM", GREY, DIAMOND, "2 4"),
@@ -45,7 +46,8 @@ METHODS = {
     "candidates": ("Candidates, mean", GREY, "", ""),
     "best": ("Best candidate", GREEN, "", ""),
     "mean": ("Average vector, on prompts kept apart", ORANGE, ROUND, "")}
-NOT_RULES = ("full", "ntk", "namm", "namm_uncapped", "random_vectors")
+NOT_RULES = ("full", "ntk", "namm", "namm_uncapped", "random_vectors",
+             "random_vectors_best")
 SUFFIXES = {"": "", "pool": ", pooled", "lastlayer": ", last layer first"}
 
 
