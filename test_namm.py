@@ -907,8 +907,9 @@ def test_facts_fit_when_a_tokeniser_spells_every_mark_out(parts, length):
     made = data.prompts(part, tasks, np.random.default_rng(0), length)
     assert made.tokens.shape == (len(tasks), length)
     for task, tokens, answer in zip(made.tasks, made.tokens.numpy(), made.answer.numpy()):
-        said = task == "lm" or len(data.fact_positions(tokens, answer, made.context))
-        assert said and answer.max() >= 1
+        elsewhere = task in ("lm", "unasked")  # not said after the question's last token
+        assert elsewhere or len(data.fact_positions(tokens, answer, made.context))
+        assert answer.max() >= 1
 
 
 @pytest.mark.parametrize("task", data.TASKS | data.COMING_BACK)
@@ -1276,7 +1277,7 @@ def test_random_vectors_are_reported_by_their_mean_and_the_best(parts):
         assert rows["random_vectors", task]["logprob"] == pytest.approx(mean, rel=1e-4)
         best = rows["random_vectors_best", task]["logprob"]
         assert min(abs(best - own[t]) for own in alone) < 1e-4
-        assert rows["random_vectors", task]["cache"] == rows["namm", task]["cache"]
+        assert 0 < rows["random_vectors", task]["cache"] <= rows["namm", task]["cache"]
 
 
 def test_zero_is_set_afterwards_and_counts_without_a_capacity(parts):
