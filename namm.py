@@ -133,13 +133,14 @@ def spectra(cache, attention, opened=True, memories=MEMORIES["block"]):
     tail, *averages = memory.split([HOP] + [F] * len(memories), dim=2)
     samples = torch.cat([tail, new, new.new_zeros(B, K, HOP, S)], dim=2)  # (B,K,HOP+T+HOP,S)
     frames = spectrogram(samples)  # (B,K,T/HOP+1,F,S)
-    gammas = [memory ** (HOP / T) for memory in memories]
-    averages = [moving_average(frames[:, :, :-1], *one) for one in zip(averages, gammas)]
+    gammas = [left ** (HOP / T) for left in memories]  # of a frame
+    averages = [moving_average(frames[:, :, :-1], old, gamma)
+                for old, gamma in zip(averages, gammas)]
     memory = torch.cat([new[:, :, -HOP:], *averages], dim=2).mT
     for layer, own in zip(cache, memory.split(slots_of_layers(cache), dim=2)):
         layer.state["memory"] = own
     if opened:
-        averages = [frames[:, :, -1].lerp(*one) for one in zip(averages, gammas)]
+        averages = [frames[:, :, -1].lerp(old, gamma) for old, gamma in zip(averages, gammas)]
     return torch.cat(averages, dim=2).mT
 
 
