@@ -278,7 +278,8 @@ def make_parts(texts, encoding, longest, words=None):
     if words is None:
         words = deal_words(np.bincount(streams["train"], minlength=encoding.n_vocab), spelled)
     three = re.compile(r"[^\W\d_]{3}")
-    ends_line = np.array([b.endswith(b"\n") for b in spelled])
+    # other tokenisers put the next line's indentation into the token that ends a line
+    ends_line = np.array([b.rstrip(b" \t").endswith(b"\n") for b in spelled])
     blank = np.array([not b.strip() for b in spelled])
     looks_back = np.array([not three.search(b.decode("utf-8", "ignore")) for b in spelled])
     if "functions" not in words:
