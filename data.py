@@ -610,11 +610,21 @@ def words_to_recall(batch, part, rng, share):
     return torch.from_numpy(words)
 
 
+def came_back(batch, part):
+    """Words for answers that stand in a context not for the first time, (N,L) bool: a fact that was
+    told before is used there, which a GPT that looks it up can foretell."""
+    again = np.zeros(batch.tokens.shape, dtype=bool)
+    for row, tokens in zip(again, batch.tokens.numpy()):
+        row[:batch.context] = np.isin(tokens[:batch.context], part.values)
+        row[np.unique(tokens, return_index=True)[1]] = False  # the first time
+    return torch.from_numpy(again)
+
+
 def lesson(part, tasks, rng, done, length, tokens, recall):
     """What a training step learns from, when a share `done` of all is over: (Batch, words to
     recall). The shortest prompts at first, then all lengths but the longest, half the `tokens`
     each; then mostly the longest. The hardest tasks come twice as often. The heads are asked to
-    recall once they have found their work."""
+    recall once they have found their work; with `recall` 0 never, and the words are (N,0)."""
     lengths = [length >> k for k in range(length.bit_length()) if length >> k >= 64][::-1]
     odds = np.array([1] * (len(lengths) - 1) + [2 * len(lengths[1:]) or 1])  # longest: two of three
     if done < 0.15:
@@ -625,4 +635,7 @@ def lesson(part, tasks, rng, done, length, tokens, recall):
         own = int(rng.choice(lengths, p=odds / odds.sum()))
     twice = [task for task in ("kv", "trace") if task in tasks]
     batch = prompts(part, rng.choice([*tasks, *twice], max(1, tokens // own)), rng, own)
+    if recall == 0:  # plain training; -1 marks answers on the way
+        marked = batch.answer.masked_fill(came_back(batch, part), -1)
+        return replace(batch, answer=marked), torch.zeros(len(marked), 0)
     return batch, words_to_recall(batch, part, rng, recall if done >= 0.25 else 0.0)

@@ -396,6 +396,24 @@ def losses(gpt, batch, recall, draw):
             mean(right.argmax(-1) == target[answer], answer))
 
 
+def plain_losses(gpt, batch, draw):
+    """As `losses`, of a GPT that reads its prompts in one go: no holes, nothing to recall. Instead
+    of words to recall, answers on the way: the places of a context where `answer` is -1."""
+    hidden = gpt.hidden(batch.tokens[:, :-1])[0]  # (N,L-1,C)
+    answer, target = batch.answer[:, 1:], batch.tokens[:, 1:]  # (N,L-1) each
+    before_end = (answer > 0).flip(1).cumsum(1).flip(1) > 0
+    text = (answer == 0) & before_end & (draw(answer.shape[1]) < 0.125)  # as in `losses`
+    means, rights = [], []
+    for where in (answer > 0, text, answer < 0):  # (N,L-1) bool, M places each
+        logits, row = gpt.output(hidden[where]), where.nonzero()[:, 0]  # (M,V), (M,)
+        loss = F.cross_entropy(logits, target[where], reduction="none").float()
+        right = (logits.argmax(-1) == target[where]).float()
+        zeros, count = torch.zeros(len(where), device=loss.device), where.sum(1).clamp(min=1)
+        means.append(zeros.index_add(0, row, loss) / count)
+        rights.append(zeros.index_add(0, row, right) / count)
+    return *means, rights[0]
+
+
 def gradient(gpt, batch, recall, seed, rows, precision):
     """Add the gradient of some rows (n,) of a batch, with noise that does not depend on which;
     their losses, (4,n)."""
@@ -407,7 +425,10 @@ def gradient(gpt, batch, recall, seed, rows, precision):
         return torch.rand(len(recall), *shape, generator=generator, device=rows.device)[rows]
 
     with precision:
-        answers, text, recalled, right = losses(gpt, own, recall[rows], draw)
+        if recall.shape[1]:
+            answers, text, recalled, right = losses(gpt, own, recall[rows], draw)
+        else:  # a plain GPT
+            answers, text, recalled, right = plain_losses(gpt, own, draw)
     ((answers + 0.5 * text + recalled).sum() / len(recall)).backward()
     return torch.stack([answers, text, recalled, right]).detach()
 

@@ -1060,6 +1060,51 @@ def test_holes_are_for_all_layers_but_the_last(parts, monkeypatch):
             assert held[half + 1][layer][row] == sorted(lives)
 
 
+def test_answers_on_the_way_are_words_that_were_told_before(parts):
+    """Against a loop. Catches: a fact that counts where it is told, words that no task answers
+    with, questions after the context that count twice, lessons of a plain GPT without such
+    marks."""
+    part, met = parts[2]["train"], 0
+    for seed in range(20):
+        rng = np.random.default_rng([seed, 7])
+        batch, words = data.lesson(part, ["dialog", "log", "code"], rng, 0.9, 256, 512, 0.0)
+        assert words.shape == (len(batch.tokens), 0)
+        for tokens, answer in zip(batch.tokens.tolist(), batch.answer.tolist()):
+            for at in range(batch.context):
+                again = tokens[at] in part.values and tokens[at] in tokens[:at]
+                assert answer[at] == (-1 if again else 0)
+                met += again
+            assert min(answer[batch.context:]) == 0
+    assert met > 60
+
+
+def test_plain_training_reads_in_one_go_and_counts_what_is_looked_up(parts):
+    """The losses of each prompt against its own plain pass, place by place. Catches: a context cut
+    in two, slots that are forgotten, targets off by one, a mean over all prompts in place of each
+    prompt's, answers on the way that count as text or not at all."""
+    gpt, part = small_gpt(parts, 0.1), parts[2]["train"]
+    batch, _ = data.lesson(part, ["lm", "dialog", "log", "code"], np.random.default_rng(3), 0.9,
+                           128, 1024, 0.0)
+    N, L = batch.tokens.shape
+    luck = torch.rand(N, L - 1)
+    got = model.plain_losses(gpt, batch, lambda n: luck)
+    for i, (tokens, answer) in enumerate(zip(batch.tokens, batch.answer.tolist())):
+        with torch.no_grad():
+            logprob = gpt(tokens[None])[0].log_softmax(-1)
+        last = max(at for at in range(L) if answer[at] > 0)
+        losses, rights = {"answer": [], "text": [], "way": []}, []
+        for at in range(1, L):
+            kind = "answer" if answer[at] > 0 else "way" if answer[at] < 0 else "text"
+            if kind == "text" and (luck[i, at - 1] >= 0.125 or at > last):
+                continue
+            losses[kind].append(-logprob[at - 1, tokens[at]].item())
+            if kind == "answer":
+                rights.append(int(logprob[at - 1].argmax() == tokens[at]))
+        want = [sum(own) / max(1, len(own)) for own in (*losses.values(), rights)]
+        assert [x[i].item() for x in got] == pytest.approx(want, abs=1e-4)
+    assert (got[2] > 0).any()
+
+
 def test_a_training_that_diverges_stops(parts):
     """Catches: a run that goes on with weights that are no numbers."""
     gpt = small_gpt(parts, n_layer=2)
