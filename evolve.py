@@ -667,7 +667,7 @@ class Config:
     steps: int = 900  # training steps
     batch_tokens: int = 4096  # tokens in a training step
     lr: float = 1.2e-2  # peak learning rate; of the matrices of layers twice that
-    recall: float = 0.25  # share of places where a head must recall a word; 0: a plainly trained GPT
+    recall: float = 0.25  # share of places where a head must recall a word; 0: a plain GPT
     # the cache
     delay: int = 32  # tokens between two evictions, a multiple of 16
     capacity: int = 28  # most slots a head, in the mean over heads and layers; 0: uncapped
