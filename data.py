@@ -532,11 +532,18 @@ class Batch:
     answer: torch.Tensor  # (N,L) 0 outside answers, 1 in the first answer, 2 in the second, ...
     context: int  # so many tokens are read, and evicted from, before any question is known
     tasks: list  # the task of each prompt
+    vectors: torch.Tensor = None  # (N,L,n_vector): what each token carries beside its number
+
+    def inputs(self):
+        """What a GPT reads: tokens (N,L), or each with its vector behind it, (N,L,1+n_vector)."""
+        if self.vectors is None:
+            return self.tokens
+        return torch.cat([self.tokens[..., None], self.vectors], dim=2)
 
     def each(self, f):
-        """f applied to tokens and to answer, (N,L) each: other rows, another device. tasks
-        stays."""
-        return replace(self, tokens=f(self.tokens), answer=f(self.answer))
+        """f applied to tokens, answer and vectors: other rows, another device. tasks stays."""
+        vectors = None if self.vectors is None else f(self.vectors)
+        return replace(self, tokens=f(self.tokens), answer=f(self.answer), vectors=vectors)
 
 
 def question_tokens(length, most=64):

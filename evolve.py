@@ -174,14 +174,14 @@ def answer_logits(gpt, batch, config, manage=None, copies=1):
     copy for each candidate of the manager; M answer tokens in all. Returns the row and the place
     after the context of each, (M,), the logits there (M,V), the tokens asked for (M,), and the
     share of the cache that was kept, (B,)."""
-    n, tokens, answer = batch.context, batch.tokens, batch.answer
+    n, tokens, answer = batch.context, batch.inputs(), batch.answer
     with precision(config.device):
         cache = gpt.new_cache(len(tokens), config.positions == "renumbered")
         if copies > 1:  # the first block is the same for all candidates
             _, attention = gpt.hidden(tokens[:, :config.delay], cache, "attention")
             for layer in cache:
                 layer.repeat(copies)
-            tokens, answer = tokens.repeat(copies, 1), answer.repeat(copies, 1)
+            tokens, answer = torch.cat([tokens] * copies), answer.repeat(copies, 1)
             evict(cache, [own.repeat(copies, 1, 1, 1) for own in attention], manage)
         if cache[0].seen < n:
             read(gpt, tokens[:, cache[0].seen:n], cache, config.delay if manage else n, manage)
@@ -189,7 +189,7 @@ def answer_logits(gpt, batch, config, manage=None, copies=1):
         row, at = answer[:, n:].nonzero(as_tuple=True)  # (M,)
         hidden, _ = gpt.hidden(tokens[:, n:-1], cache)  # (B,Q-1,C)
         logits = gpt.output(hidden[row, at - 1]).float()
-    return row, at, logits, tokens[row, n + at], kept
+    return row, at, logits, batch.tokens[row % len(batch.tokens), n + at], kept
 
 
 def score_answers(gpt, batch, config, manage, copies):
@@ -580,7 +580,7 @@ def watch(gpt, solution, batch, config):
     cache = gpt.new_cache(len(batch.tokens), config.positions == "renumbered")
     with precision(config.device):
         manage = manager(solution, config)
-        read(gpt, batch.tokens[:, :n], cache, config.delay, manage, observe=note)
+        read(gpt, batch.inputs()[:, :n], cache, config.delay, manage, observe=note)
     return fate
 
 
@@ -650,6 +650,7 @@ class Config:
     out: str = ""  # folder of the run; runs/PRESET if not given
     base: str = ""  # a run: its GPT, tokeniser, words, length and text; or a checkpoint, or smollm2
     eval: str = ""  # a finished run to report on again: other lengths, texts, capacities
+    vector: str = ""  # with --eval: the finished run whose vector manages that GPT's cache
     seed: int = 0  # of everything: GPT, prompts, candidates
     device: str = ""  # cpu|cuda: if not given, cuda where there is one
     # text
@@ -786,7 +787,7 @@ def parse(line=None):
     parser.add_argument("--task", choices=data.TASKS | data.COMING_BACK, default="kv",
                         help="of the prompt to show")
     given = vars(parser.parse_args(joined(sys.argv[1:] if line is None else line)))
-    for name in {"corpus", "base", "eval", "resume", "show"} & set(given):
+    for name in {"corpus", "base", "eval", "vector", "resume", "show"} & set(given):
         if given[name] != "smollm2":  # a name; a path is to mean the same from any working folder
             given[name] = str(pathlib.Path(given[name]).resolve())
     task, show, resume = (given.pop(name, None) for name in ("task", "show", "resume"))
@@ -840,6 +841,7 @@ def check(c):
         (0 <= c.seed < 2 ** 32, "seed must be 0 or more, and below 2 ** 32"),
         (c.capacity >= 0, "capacity must be 0 or more"),
         (not math.isnan(c.threshold), "threshold must be a number"),
+        (c.eval or not c.vector, "vector: give --eval TARGET as well, the run whose GPT it serves"),
         (c.vocab_size > 266, "vocab_size must be above 266: bytes, digits, and what is learned"),
     ]:
         if not holds:
@@ -956,15 +958,21 @@ def prepare(config, shown=None):
     check_folder(config, out, not shown)
     if given and not made and not real:
         raise ValueError(f"--{'eval' if config.eval else 'base'} {home}: the folder has no gpt.pt")
-    vector = pathlib.Path(config.eval) if config.eval and not shown else out
+    vector = out if shown else pathlib.Path(config.vector or config.eval or out)
     found = {"gpt": real or load(home / "gpt.pt", {"config", "model"}, config.device),
              "namm": load(vector / "namm.pt", {"params", "mean", "std", "zero", "cost"}),
              "progress": load(out / "progress.pt", {"stage"})}  # candidates are drawn on the CPU
     if found["gpt"]:
         check_sizes(config, found["gpt"]["config"], home)
+    if config.vector and not (vector / "config.json").exists():
+        raise ValueError(f"--vector {vector}: the folder holds no run (no config.json)")
     if (config.eval or shown) and not found["namm"]:
         raise ValueError(f"{vector}: the run is not finished (no namm.pt); python evolve.py "
                          f"--resume {vector} goes on")
+    if found["namm"] and found["namm"]["params"].numel() != namm.N_PARAMS:
+        raise ValueError(f"{vector / 'namm.pt'}: {found['namm']['params'].numel()} parameters, and "
+                         f"NAMM has {namm.N_PARAMS}: a vector of another scorer; give one of "
+                         "evolve.py")
     rows = config.batch_tokens // config.length
     if not found["gpt"] and world()[1] > rows:
         raise ValueError(f"{world()[1]} processes, but a training step has {rows} rows to share; "

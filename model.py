@@ -43,6 +43,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     tied: bool = True  # the output layer is the embedding
     smear: bool = True  # keys and queries mix in those just before; off in Llama
+    n_vector: int = 0  # width of the vector that a token may carry, such as a patch of a picture
 
 
 # --- 2. The cache --------------------------------------------------------------------------------
@@ -254,6 +255,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.n_vector:
+            self.vectors = nn.Linear(config.n_vector, config.n_embd, bias=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.output = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -299,12 +302,19 @@ class GPT(nn.Module):
         angles = torch.arange(n, device=device)[:, None] * speed
         return torch.complex(angles.cos(), angles.sin())
 
+    def embedded(self, tokens):
+        """tokens (B,T), or each with its vector behind it, (B,T,1+n_vector) -> (B,T,C)."""
+        if tokens.dim() == 2:
+            return self.tok_embeddings(tokens)
+        return self.tok_embeddings(tokens[..., 0].long()) + self.vectors(tokens[..., 1:])
+
     def hidden(self, tokens, cache=None, want=None):
-        """tokens (B,T) -> (B,T,C), which the output layer reads; with a cache they follow those
-        that it has seen. And a list, of each layer: None, or what is wanted of it: "attention",
-        what each slot received, (B,K,T,S); "heads", what its heads read of the cache, (B,T,H D)."""
+        """tokens, see `embedded` -> (B,T,C), which the output layer reads; with a cache they follow
+        those that it has seen. And a list, of each layer: None, or what is wanted of it:
+        "attention", what each slot received, (B,K,T,S); "heads", what its heads read of the cache,
+        (B,T,H D)."""
         cache, noted = cache or self.new_cache(len(tokens), renumber=True), []
-        x, table = self.tok_embeddings(tokens), self.rotary_table(tokens.shape[1] + cache[0].seen)
+        x, table = self.embedded(tokens), self.rotary_table(tokens.shape[1] + cache[0].seen)
         for layer, own in zip(self.layers, cache):
             added, note = layer.attention(layer.attention_norm(x), table, own, want)
             x = x + added
@@ -371,9 +381,9 @@ def losses(gpt, batch, recall, draw):
     """Losses of N prompts, (N,) each: mean cross-entropy of a prompt's answers, of an eighth of its
     other tokens, and of the words to recall; and the share of its answer tokens that are right.
     recall (N,L-1): see `recall_loss`. draw(*shape): uniform random numbers (N,*shape)."""
-    c, n = gpt.config, batch.context
-    hidden, heads, cache = read_with_holes(gpt, batch.tokens[:, :n], draw)
-    hidden = torch.cat([hidden, gpt.hidden(batch.tokens[:, n:-1], cache)[0]], dim=1)  # (N,L-1,C)
+    c, n, inputs = gpt.config, batch.context, batch.inputs()
+    hidden, heads, cache = read_with_holes(gpt, inputs[:, :n], draw)
+    hidden = torch.cat([hidden, gpt.hidden(inputs[:, n:-1], cache)[0]], dim=1)  # (N,L-1,C)
 
     def mean(loss, where):
         """Mean of loss (M,) over the places of each prompt: where (N,L) bool has M. -> (N,)"""
