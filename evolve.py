@@ -934,6 +934,15 @@ def check_sizes(config, own, home):
                              "option out")
 
 
+def check_vector(found, config, path):
+    """Raise ValueError for a namm.pt whose vector is not for this NAMM."""
+    spectra, count = len(namm.MEMORIES[config.memory]) * namm.F, found["params"].numel()
+    needed = len(Solution.scale(namm.shapes(namm.N_AGE + spectra)))
+    if count != needed or len(found["mean"]) != spectra:
+        raise ValueError(f"{path}: {count} parameters, and NAMM has {needed} with --memory "
+                         f"{config.memory}: the vector is of another scorer, or another --memory")
+
+
 def checkpoint(base):
     """What extras/pretrained.py reads of a GPT that others trained: {"config": its sizes, "gpt",
     "encoding", "note": a line about it}; None when `base` is the folder of a run, or empty. Raises
@@ -969,10 +978,8 @@ def prepare(config, shown=None):
     if (config.eval or shown) and not found["namm"]:
         raise ValueError(f"{vector}: the run is not finished (no namm.pt); python evolve.py "
                          f"--resume {vector} goes on")
-    if found["namm"] and found["namm"]["params"].numel() != namm.N_PARAMS:
-        raise ValueError(f"{vector / 'namm.pt'}: {found['namm']['params'].numel()} parameters, and "
-                         f"NAMM has {namm.N_PARAMS}: a vector of another scorer; give one of "
-                         "evolve.py")
+    if found["namm"]:
+        check_vector(found["namm"], config, vector / "namm.pt")
     rows = config.batch_tokens // config.length
     if not found["gpt"] and world()[1] > rows:
         raise ValueError(f"{world()[1]} processes, but a training step has {rows} rows to share; "

@@ -409,7 +409,7 @@ def losses(gpt, batch, recall, draw):
 def plain_losses(gpt, batch, draw):
     """As `losses`, of a GPT that reads its prompts in one go: no holes, nothing to recall. Instead
     of words to recall, answers on the way: the places of a context where `answer` is -1."""
-    hidden = gpt.hidden(batch.tokens[:, :-1])[0]  # (N,L-1,C)
+    hidden = gpt.hidden(batch.inputs()[:, :-1])[0]  # (N,L-1,C)
     answer, target = batch.answer[:, 1:], batch.tokens[:, 1:]  # (N,L-1) each
     before_end = (answer > 0).flip(1).cumsum(1).flip(1) > 0
     text = (answer == 0) & before_end & (draw(answer.shape[1]) < 0.125)  # as in `losses`
