@@ -1852,6 +1852,7 @@ def broken(tmp_path_factory, smoke):
     (folder / "short.txt").write_text("A text that is far too short.\n" * 20)
     (folder / "digits.txt").write_text("\n".join(map(str, range(100_000))))
     (folder / "nothing").mkdir()
+    shutil.copytree(smoke[0], folder / "whole")
     for name, file in (("wordless", "text.json"), ("garbled", "tokenizer.tiktoken")):
         shutil.copytree(smoke[0], folder / name)
         (folder / name / file).unlink()
@@ -1880,7 +1881,8 @@ def broken(tmp_path_factory, smoke):
         ("head_dim", 2), ("stages", 4), ("evolve_on", "kv,riddle"), ("evolve_on", "kv,kv"),
         ("evolve_at", "2,0"), ("methods", "h2o"), ("methods", "namm,full,tova_shared"),
         ("generations", 0), ("far_prompts", 0), ("vocab_size", 200), ("capacity", -1),
-        ("recall", 1.5), ("length", 63)]],
+        ("recall", 1.5), ("length", 63), ("tasks", "kv,riddle"),
+        ("tasks", "kv,kv"), ("memory", "slow")]],
     ("--n_head 3 --n_kv_head 2", "n_kv_head"), ("--stages 3 --generations 2", "stages"),
     ("--evolve_on lm --stages 2", "stages"), ("--delay 50", "multiple of 16"),
     ("--delay 4096", "nothing would ever be evicted"), ("--corpus {}/missing", "no such file"),
@@ -1895,12 +1897,15 @@ def broken(tmp_path_factory, smoke):
     ("--resume {}/list", "not a file of this program"),
     ("--base {}/larger --n_layer 2", "has 5"), ("--base {}/wordless", "text.json"),
     ("--base {}/garbled", "tokenizer.tiktoken: damaged"),
+    ("--eval {}/whole --memory both", "another --memory"), ("--vector {}/whole", "--eval TARGET"),
+    ("--eval {}/whole --vector {}/nothing", "holds no run"),
+    ("--eval {}/whole --vector {}/begun", "not finished"),
 ])
 def test_bad_input_ends_in_a_line_and_leaves_nothing(broken, tmp_path, monkeypatch, capsys, line,
                                                      says):
     """Exit code 2, a line that names the cause, no folder. Catches: errors after work was done."""
     words = ["--preset", "smoke", "--device", "cpu", "--out", tmp_path / "out",
-             *line.format(broken).split(" ")]
+             *line.replace("{}", str(broken)).split(" ")]
     lines = main(monkeypatch, capsys, *words)
     assert says in "".join(lines) and len(lines) <= 2 and not (tmp_path / "out").exists()
 
