@@ -1,4 +1,4 @@
-"""Real text, a tokeniser learned from it, and fourteen long-context tasks over it.
+"""Real text, a tokeniser learned from it, and twelve long-context tasks over it.
 
   1. documents, deal      text that every Python carries, cut and dealt to four disjoint parts
   2. learn_bpe, tokenizer byte-pair ranks from the training part, served by tiktoken
@@ -425,38 +425,26 @@ def copy(part, rng, n, room):
 
 # Tasks in which facts come back, as in real text: what was looked up before is asked for again.
 
-def coming_back(part, rng, n, tell, use, keys, soon):
+def coming_back(part, rng, n, tell, use, keys):
     """A context of n tokens in which facts come back, [(key, value)] of those that do, and of the
     others. key: a list of tokens, from the front of `keys`; tell(key, value) and use(key, value)
-    are lines. At most eight facts are told, in the first two fifths of the context. In the rest
-    half of them are used again: each once, then some often, some rarely, by Zipf's law. `soon`:
-    each is told at its own time, is used within a quarter of the context, then no more; there are
-    more uses in a longer context."""
+    are lines. In the first two fifths of the context facts are told, at most eight; in the rest
+    half of them are used again: each once, then some often, some rarely, by Zipf's law."""
     size = max(len(line(key, 0)) for line in (tell, use) for key in keys)
     early = max(size, n * 2 // 5)
-    total, count = facts(early, size), facts(n - early, size)  # told, used
-    if soon:
-        lines = facts(n, size, max(16, n // 32))
-        total = max(1, min(8, lines // 2))
-        count = lines - total
+    total = facts(early, size)
     pairs = list(zip(keys, part.answers(rng, total)))
     often, never = pairs[:(total + 1) // 2], pairs[(total + 1) // 2:]
     zipf = 1 / np.arange(1, len(often) + 1)
-    more = rng.choice(len(often), max(0, count - len(often)), p=zipf / zipf.sum())
-    uses = [*range(len(often)), *more]
-    if soon:
-        start = rng.random(total)
-        events = [(start[i], tell(*pairs[i])) for i in range(total)]
-        events += [(start[i] + rng.random() / 4, use(*often[i])) for i in uses[:count]]
-        events.sort(key=lambda event: event[0])
-        return weave(part, rng, [line for _, line in events], n), often, never
+    more = max(0, facts(n - early, size) - len(often))
+    uses = [*range(len(often)), *rng.choice(len(often), more, p=zipf / zipf.sum())]
     told = [tell(*pairs[i]) for i in rng.permutation(total)]
     used = [use(*often[i]) for i in rng.permutation(uses)]
     context = np.concatenate([weave(part, rng, told, early), weave(part, rng, used, n - early)])
     return context, often, never
 
 
-def dialog(part, rng, n, room, asked_before=True, soon=False):
+def dialog(part, rng, n, room, asked_before=True):
     """Facts are told, then some are asked and answered on the way; at the end these are asked.
     Context: `... The header is optional. ... What is the header? optional. ...` question: `What is
     the header?`"""
@@ -465,7 +453,7 @@ def dialog(part, rng, n, room, asked_before=True, soon=False):
     context, often, never = coming_back(
         part, rng, n, lambda key, value: the + key + is_ + [value] + end,
         lambda key, value: what + key + mark + [value] + end,
-        [[key] for key in part.pick(rng, 8)], soon)
+        [[key] for key in part.pick(rng, 8)])
     asked = often if asked_before else never or often
     line_end = part.encode("\n")
     return context, [(line_end + what + asked[i][0] + mark, [asked[i][1]])
@@ -475,11 +463,6 @@ def dialog(part, rng, n, room, asked_before=True, soon=False):
 def unasked(part, rng, n, room):
     """The same context as `dialog`; at the end facts are asked that were not asked on the way."""
     return dialog(part, rng, n, room, asked_before=False)
-
-
-def dialog_soon(part, rng, n, room):
-    """As `dialog`, but each fact is told at its own time, and asked soon after, then no more."""
-    return dialog(part, rng, n, room, soon=True)
 
 
 def log(part, rng, n, room):
@@ -498,7 +481,7 @@ def log(part, rng, n, room):
     return weave(part, rng, lines, n), [(end + get + [key], [value]) for key, value in pairs]
 
 
-def code(part, rng, n, room, soon=False):
+def code(part, rng, n, room):
     """Functions of the text are defined once, with a default, and called along the way. Context:
     `... def walk(header): ... walk(header) ...` question: `walk(` answer: `header`."""
     define, opening = part.encode("def "), part.encode("(")
@@ -508,19 +491,13 @@ def code(part, rng, n, room, soon=False):
     names = names if len(names) == 8 else [[key] for key in part.pick(rng, 8)]
     context, often, _ = coming_back(
         part, rng, n, lambda key, value: define + key + opening + [value] + closing,
-        lambda key, value: key + opening + [value] + called, names, soon)
+        lambda key, value: key + opening + [value] + called, names)
     return context, [(line_end + often[i][0] + opening, [often[i][1]])
                      for i in rng.permutation(len(often))]
 
 
-def code_soon(part, rng, n, room):
-    """As `code`, but each function is defined at its own time, and called soon after."""
-    return code(part, rng, n, room, soon=True)
-
-
 TASKS = {task.__name__: task for task in (lm, needle, multikey, kv, passage, count, trace, copy)}
-COMING_BACK = {task.__name__: task
-               for task in (dialog, unasked, log, code, dialog_soon, code_soon)}
+COMING_BACK = {task.__name__: task for task in (dialog, unasked, log, code)}
 
 
 # --- 5. Prompts as tensors -----------------------------------------------------------------------
