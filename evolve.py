@@ -712,6 +712,8 @@ PRESETS = {
                 far_prompts=16, rows=512),
     "paper": dict(capacity=0, slots="own", positions="original", frames="closed", squash="none",
                   covariance="full", fitness="score", stages=3, pick="last"),
+    "plain": dict(recall=0.0, steps=600, tasks="lm,dialog,log,code", evolve_on="dialog,log,code",
+                  n_kv_head=2, memory="both", delay=64, prompts=2, generations=100, validate=20),
 }
 # what may change when a run goes on, and what a GPT fixes
 FREE = ("out", "device", "methods", "report_prompts", "far_prompts", "report_at", "rows")
