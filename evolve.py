@@ -584,11 +584,14 @@ def watch(gpt, solution, batch, config):
     return fate
 
 
-def example(gpt, solution, part, config, task="kv"):
+def example(gpt, solution, part, config, task=None):
     """One prompt for people, of 1024 tokens, or the training length if more, no longer than
     evolution saw: {task, length, text [n], asked [{question, answer, full, namm}], heads [name]},
-    and for each head what `watch` gives: lives [n], score [n], spectrum [n][F]."""
+    and for each head what `watch` gives: lives [n], score [n], spectrum [n][F]. task: kv if none is
+    given, or the first evolved on where the GPT has not learned kv."""
     length = min(config.length * max(config.evolve_at), max(config.length, 1024))
+    learned = config.tasks.split(",")
+    task = task or ("kv" if "kv" in learned else config.evolve_on.split(",")[0])
     batch = prompts(part, task, 1, np.random.default_rng([config.seed, 10]), length, config.device)
     tokens, answer, n = batch.tokens[0].tolist(), batch.answer[0], batch.context
     replies = {method: answer_logits(gpt, batch, config, managed(method, solution, None, config))[2]

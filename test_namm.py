@@ -1600,6 +1600,20 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(smoke):
         prepared(*command, "--methods", "namm,full")  # which would overwrite its report
 
 
+def test_a_plain_run_reports_and_shows_what_it_learned(corpus, tmp_path):
+    """The preset, small. Catches: settings that do not go together, an example of a task that the
+    GPT never met."""
+    done = run("--preset", "plain", "--device", "cpu", "--corpus", corpus, "--out", tmp_path,
+               "--length", 64, "--steps", 12, "--batch_tokens", 512, "--delay", 16,
+               "--generations", 2, "--popsize", 4, "--choose_prompts", 1, "--report_prompts", 2,
+               "--report_at", 4, "--n_embd", 32, "--head_dim", 8)
+    assert done.returncode == 0, done.stderr
+    results = read_json(tmp_path / "results.json")
+    assert {row["task"] for row in results["report"]} == {"lm", "dialog", "log", "code"}
+    assert results["example"]["task"] == "dialog"
+    assert len(results["example"]["heads"]) == 6
+
+
 def test_a_base_brings_its_sizes_and_no_more(smoke, corpus, tmp_path):
     """`--base` of a GPT with other sizes than the preset's, on other text. Catches: a cache managed
     for another number of layers, answers that it never learned to give, a tokeniser that is not its
