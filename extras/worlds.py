@@ -27,6 +27,7 @@ class World:
     """N episodes of L steps, side by side. All chance is drawn at the start, so that two runs of
     the same actions are equal. A subclass says what is sensed, done, and what earns a reward."""
     actions, wide = 0, 1  # how many there are; steps that a mark asks for
+    spare = 0.0  # share of the second half in which nothing is asked, at the end
 
     def __init__(self, rng, count, steps):
         """Scatter the facts: shown (N,R) and asked (N,R), steps; mark and word (N,R), numbers."""
@@ -34,7 +35,8 @@ class World:
         draw = lambda n, k: np.argsort(rng.random((count, n)), axis=1)[:, :k]  # k of n, (N,k)
         self.steps, self.rows = steps, np.arange(count)
         self.shown = 2 * draw(half // 2, facts)
-        cells = half // (2 * self.wide)  # a cell holds an asking mark, and as many steps after it
+        # a cell holds an asking mark, and as many steps before or after it
+        cells = int(half * (1 - self.spare)) // (2 * self.wide)
         last = np.full((count, 1), cells - 1)  # the last cell always asks
         cell = np.concatenate([draw(cells - 1, facts - 1), last], axis=1)
         self.asked = half + self.wide * (2 * cell + rng.integers(2, size=cell.shape))
@@ -76,6 +78,7 @@ class Maze(World):
     """A corridor of L cells. At a straight cell or a bend the right action leads on, another one
     loses the step. A door lets through whoever comes; it pays for the handle of its sign."""
     name, actions = "maze", 3 + W  # on, left, right, handles
+    spare = 0.125  # who has lost some steps still comes to the last door
 
     def __init__(self, rng, count, steps):
         super().__init__(rng, count, steps)
@@ -171,7 +174,8 @@ def asked_actions(world):
 def episodes(kind, rng, count, steps, context, skilled=1.0, share=0.0):
     """(Batch, words to recall (N,L), the world) of scripted episodes, a share `skilled` of them
     without a mistake. The answers are the asked actions. Words to recall: at a `share` of the
-    places of the context where nothing is shown, that of any fact shown before."""
+    places of the context that show no mark, that of the newest fact, or of any shown by then: what
+    was shown at the end of a block must draw attention at once."""
     world = kind(rng, count, steps)
     skill = np.where(rng.random(count) < skilled, 1.0, 0.5)
     tokens, vectors, _ = scripted(world, rng, skill)
@@ -180,12 +184,13 @@ def episodes(kind, rng, count, steps, context, skilled=1.0, share=0.0):
     words = np.full((count, steps), -1)
     actions = asked_actions(world)
     for row in range(count):
-        shows = world.pictures[row, :context].any((1, 2))
-        plain = ~shows & (rng.random(context) < share)
-        for at in np.flatnonzero(plain):
-            said = np.flatnonzero(world.shown[row] + 1 < at)
+        shows = world.pictures[row, :context, 0].any(1)
+        for at in np.flatnonzero(~shows & (rng.random(context) < share)):
+            said = np.flatnonzero(world.shown[row] + 1 <= at)
             if len(said):
-                words[row, at] = actions[world.word[row, rng.choice(said)]]
+                newest = said[world.shown[row, said].argmax()]
+                fact = newest if rng.random() < 0.25 else rng.choice(said)
+                words[row, at] = actions[world.word[row, fact]]
     batch = Batch(torch.from_numpy(tokens), torch.from_numpy(answer), context, [kind.name] * count,
                   torch.from_numpy(vectors))
     return batch, torch.from_numpy(words), world
@@ -212,8 +217,7 @@ def script_return(world):
 @torch.no_grad()
 def roll_out(gpt, world, delay, manage=None, renumber=True):
     """Act in a world by a GPT, whose cache is managed while it acts. Returns the actions (N,L), the
-    rewards summed (N,), whether all that could be earned was (N,), and the share of the steps that
-    is in the cache at the end (N,)."""
+    rewards summed (N,), and the share of the steps that is in the cache at the end (N,)."""
     count, facts = world.passed.shape
     cache, begun, actions = gpt.new_cache(count, renumber), None, []
     to_come, action = np.full(count, float(facts)), np.full(count, world.actions)
@@ -225,5 +229,4 @@ def roll_out(gpt, world, delay, manage=None, renumber=True):
         action = logits.argmax(-1).cpu().numpy()
         to_come -= world.act(action)
         actions.append(action)
-    solved = world.passed.all(1)
-    return np.stack(actions, 1), world.passed.sum(1).astype(float), solved, kept(cache)
+    return np.stack(actions, 1), world.passed.sum(1).astype(float), kept(cache)
