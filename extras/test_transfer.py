@@ -256,7 +256,7 @@ def test_boat_by_hand():
 def test_episodes(kind):
     """Returns to come are sums over a loop, the answers are the words of the marks shown, and words
     to recall were shown before. Catches: returns of the step before, answers beside their step."""
-    batch, words, world = worlds.episodes(kind, np.random.default_rng(1), 8, 128, 64, 0.5, 0.5)
+    batch, words, world = worlds.episodes(kind, np.random.default_rng(1), 8, 128, 64, 0.5, 0.0, 0.5)
     replayed = kind(np.random.default_rng(1), 8, 128)
     actions, n = worlds.asked_actions(world), batch.context
     rewards = np.stack([replayed.act(batch.tokens[:, step + 1].numpy()) for step in range(128)], 1)
@@ -341,7 +341,7 @@ def small(monkeypatch, no_skill=-1.0):
         monkeypatch.setattr(kind, "no_skill", no_skill)
     monkeypatch.setattr(transfer, "SETTINGS", ((1, 6), (2, 4)))
     monkeypatch.setattr(transfer, "COUNT", 8)
-    monkeypatch.setattr(transfer, "DRAWN", 2)
+    monkeypatch.setattr(evolve, "RANDOM", 2)
     monkeypatch.setattr(transfer, "FEWER", 4)
     monkeypatch.setattr(transfer.evolved, "__defaults__", (2, 2))
 

@@ -34,7 +34,7 @@ from model import GPT, GPTConfig
 
 SETTINGS = ((1, 28), (4, 28), (8, 28), (4, 14), (4, 8), (4, 4))  # training lengths, slots a head
 COUNT = 64  # prompts, or episodes, of a report
-DRAWN, FEWER = 12, 16  # vectors drawn at random, and the first prompts, that they are measured on
+FEWER = 16  # the first prompts, which vectors drawn at random are measured on
 RULES = ("streaming", "recent", "h2o+pool", "tova+pool", "snapkv+pool", "recent_attention+pool")
 RECALL = 0.25  # share of the places where a head must recall a word
 HOW = ("recall", "plain")
@@ -77,17 +77,18 @@ class Text(Target):
     sizes = {"n_layer": 4, "n_kv_head": 2, "n_embd": 48, "head_dim": 24, "n_hidden": 128}
 
     def __init__(self, config, parts, n_vocab, frames):
-        self.parts, self.length = parts, config.length
+        self.parts, self.length, self.tasks = parts, config.length, config.tasks.split(",")
         self.sizes = self.sizes | {"vocab_size": n_vocab}
         self.evolve_on = config.evolve_on.split(",")
 
     def lesson(self, rng, done, recall):
         """As a step of evolve.py."""
-        return data.lesson(self.parts["train"], rng, done, self.length, self.tokens, recall)
+        return data.lesson(self.parts["train"], self.tasks, rng, done, self.length, self.tokens,
+                           recall)
 
     def prompts(self, part, rng, count, times):
         """Of all tasks in turn; for evolution of those that the run evolved on."""
-        tasks = list(data.TASKS) if part == "report" else self.evolve_on
+        tasks = self.tasks if part == "report" else self.evolve_on
         tasks = [tasks[i % len(tasks)] for i in range(count)]
         return data.prompts(self.parts[part], tasks, rng, times * self.length)
 
@@ -115,7 +116,7 @@ class Video(Target):
 
 class Episodes(Target):
     """Episodes of 128 steps."""
-    steps, tokens, length = 500, 4096, 128
+    steps, tokens, length = 600, 4096, 128
     sizes = {"n_layer": 2, "n_embd": 48, "head_dim": 24, "n_hidden": 128,
              "n_vector": worlds.N_VECTOR}
 
@@ -124,10 +125,10 @@ class Episodes(Target):
         self.sizes = self.sizes | {"vocab_size": self.world.actions + 1}
 
     def lesson(self, rng, done, recall):
-        """Short episodes first; nine of ten without a mistake."""
+        """Short episodes first; nine of ten without a mistake where asked."""
         steps = length_at(rng, done, self.length)
         share, count = recall if done >= 0.25 else 0.0, self.tokens // steps
-        return worlds.episodes(self.world, rng, count, steps, steps * 7 // 8, 0.9, share)[:2]
+        return worlds.episodes(self.world, rng, count, steps, steps * 7 // 8, 0.9, 0.02, share)[:2]
 
     def prompts(self, part, rng, count, times):
         """What the script does; asked is what it does in the last 64 steps."""
@@ -215,16 +216,18 @@ def asked(target, part, seed, count, times, config):
 
 def own_statistics(gpt, target, config):
     """Mean and standard deviation of the target's spectra over its full cache, (F,) each."""
-    totals = torch.zeros(3, namm.F, dtype=torch.float64, device=config.device)
+    memories = namm.MEMORIES[config.memory]
+    totals = torch.zeros(3, len(memories) * namm.F, dtype=torch.float64, device=config.device)
     batch = asked(target, "evolve", [0], 24, max(config.evolve_at), config)
-    evolve.evaluate(gpt, batch, config, namm.statistics(totals, config.frames == "opened"))
+    manage = namm.statistics(totals, config.frames == "opened", memories)
+    evolve.evaluate(gpt, batch, config, manage)
     return namm.mean_std(totals.cpu())
 
 
 def evolved(gpt, target, statistics, folder, config, generations=20, count=8):
     """A Solution that is evolved on the target itself, as evolve.evolve does, in fewer generations
     of fewer prompts; the folder's, if it has one."""
-    path, scale = folder / "evolved.pt", namm.scale()
+    path, scale = folder / "evolved.pt", namm.scale(namm.shapes(namm.N_AGE + len(statistics[0])))
     if found := evolve.load(path, {"params"}):
         return evolve.Solution(found["params"], *statistics)
     es = evolve.CMAES(torch.zeros(len(scale)), config.sigma, config.popsize, 1000 + config.seed,
@@ -253,13 +256,6 @@ def evolved(gpt, target, statistics, folder, config, generations=20, count=8):
     return evolve.Solution(params, *statistics)
 
 
-def drawn(solution, config):
-    """The Solution of vectors (DRAWN,4172) from CMA-ES's first distribution."""
-    scale = namm.scale()
-    es = evolve.CMAES(torch.zeros(len(scale)), config.sigma, DRAWN, config.seed + 2 ** 32, True)
-    return dataclasses.replace(solution, params=(es.ask() * scale).float())
-
-
 # --- Report --------------------------------------------------------------------------------------
 
 def row_of(method, got, namm_got, config):
@@ -273,9 +269,9 @@ def row_of(method, got, namm_got, config):
 
 def random_rows(gpt, target, exam, solution, namm_got, config):
     """Two rows of vectors drawn at random, on the first prompts: their mean, and the best."""
-    manage = evolve.manager(drawn(solution, config), config)
-    got = target.sit(gpt, exam, config, manage, DRAWN, FEWER)
-    each = {name: x.cpu().view(DRAWN, -1) for name, x in got.items()}  # (DRAWN,FEWER)
+    manage = evolve.managed("random_vectors", solution, None, config)
+    got = target.sit(gpt, exam, config, manage, evolve.RANDOM, FEWER)
+    each = {name: x.cpu().view(evolve.RANDOM, -1) for name, x in got.items()}  # (RANDOM,FEWER)
     best = each["score"].mean(1).argmax()
     mean = {name: x.double().mean(0) for name, x in each.items()}
     return [row_of("random_vectors", mean, namm_got, config),

@@ -26,7 +26,8 @@ MOST = 8  # facts in an episode
 class World:
     """N episodes of L steps, side by side. All chance is drawn at the start, so that two runs of
     the same actions are equal. A subclass says what is sensed, done, and what earns a reward."""
-    actions, wide = 0, 1  # how many there are; steps that a mark asks for
+    actions, free = 0, 0  # how many there are; of them those for steps that ask for nothing
+    wide = 1  # steps that a mark asks for
     spare = 0.0  # share of the second half in which nothing is asked, at the end
 
     def __init__(self, rng, count, steps):
@@ -42,11 +43,13 @@ class World:
         self.asked = half + self.wide * (2 * cell + rng.integers(2, size=cell.shape))
         self.mark, self.word = draw(W, facts), draw(W, facts)
         self.pictures = np.zeros((count, steps, 2, W), np.float32)  # of marks, of words
-        self.question = np.full((count, steps), -1)  # which fact a step asks for
+        # which fact a place asks for, and which fact's word it shows, -1 for none
+        self.question, self.told = np.full((2, count, steps), -1)
         for fact in range(facts):
             at, own = self.shown[:, fact], self.rows
             self.pictures[own, at, 0, self.mark[:, fact]] = 1
             self.pictures[own, at + 1, 1, self.word[:, fact]] = 1
+            self.told[own, at + 1] = fact
             for later in range(self.wide):
                 self.pictures[own, self.asked[:, fact] + later, 0, self.mark[:, fact]] = 1
                 self.question[own, self.asked[:, fact] + later] = fact
@@ -77,7 +80,7 @@ class World:
 class Maze(World):
     """A corridor of L cells. At a straight cell or a bend the right action leads on, another one
     loses the step. A door lets through whoever comes; it pays for the handle of its sign."""
-    name, actions = "maze", 3 + W  # on, left, right, handles
+    name, actions, free = "maze", 3 + W, 3  # on, left, right; handles
     spare = 0.125  # who has lost some steps still comes to the last door
 
     def __init__(self, rng, count, steps):
@@ -108,7 +111,7 @@ class Boat(World):
     """A boat at x with speed v, in a channel |x| <= 1, driven by a force in [-2, 2] in 33 steps,
     and by gusts. A fog with a mark lasts four steps; the current in it is what its buoy said, and
     no gust blows. Who leaves the fog in the channel is paid."""
-    name, actions, wide = "control", 33, 4
+    name, actions, free, wide = "control", 33, 33, 4
     forces = np.linspace(-2, 2, 33)
     currents = np.concatenate([np.linspace(-2, -0.5, W // 2), np.linspace(0.5, 2, W // 2)])
 
@@ -145,23 +148,28 @@ class Boat(World):
 
 # --- Episodes to learn from ----------------------------------------------------------------------
 
-def scripted(world, rng, skill):
-    """What the script does, tokens (N,L+1), vectors (N,L+1,N_VECTOR) and rewards (N,L). In an
-    episode of skill (N,) below 1 an asked action is, as often, any that can be asked for: returns
-    differ."""
+def scripted(world, rng, skill, slips):
+    """What the script does: tokens (N,L+1), vectors (N,L+1,N_VECTOR), and the facts that are asked
+    for and told at each step, (N,L), -1 for none. In an episode of skill (N,) below 1 an asked
+    action is, as often, any that can be asked for: returns differ. A share `slips` of the others
+    is any, too."""
     count, steps = len(world.at), world.steps
     tokens = np.full((count, steps + 1), world.actions)  # the first action has none before it
     vectors = np.zeros((count, steps + 1, N_VECTOR), np.float32)
-    rewards = np.zeros((count, steps))
+    rewards, (asked, told) = np.zeros((count, steps)), np.full((2, count, steps), -1)
     for step in range(steps):
         vectors[:, step], action = world.look(np.zeros(count)), world.script()
-        fails = (world.asks() >= 0) & (rng.random(count) >= skill)
-        action[fails] = asked_actions(world)[rng.integers(W, size=fails.sum())]
-        rewards[:, step] = world.act(action)
-        tokens[:, step + 1] = action
+        asked[:, step], place = world.asks(), world.at.clip(max=steps - 1)
+        told[:, step] = world.told[world.rows, place]
+        any_asked = asked_actions(world)[rng.integers(W, size=count)]
+        any_free = rng.integers(world.free, size=count)
+        fails = rng.random(count) >= np.where(asked[:, step] >= 0, skill, 1 - slips)
+        other = np.where(asked[:, step] >= 0, any_asked, any_free)
+        tokens[:, step + 1] = np.where(fails, other, action)
+        rewards[:, step] = world.act(tokens[:, step + 1])
     to_come = rewards[:, ::-1].cumsum(1)[:, ::-1]  # (N,L)
     vectors[:, :-1, 0] = to_come / MOST
-    return tokens, vectors, rewards
+    return tokens, vectors, asked, told
 
 
 def asked_actions(world):
@@ -171,25 +179,23 @@ def asked_actions(world):
     return np.abs(-world.currents[:, None] - world.forces).argmin(1)
 
 
-def episodes(kind, rng, count, steps, context, skilled=1.0, share=0.0):
+def episodes(kind, rng, count, steps, context, skilled=1.0, slips=0.0, share=0.0):
     """(Batch, words to recall (N,L), the world) of scripted episodes, a share `skilled` of them
-    without a mistake. The answers are the asked actions. Words to recall: at a `share` of the
-    places of the context that show no mark, that of the newest fact, or of any shown by then: what
-    was shown at the end of a block must draw attention at once."""
-    world = kind(rng, count, steps)
+    without a mistake where asked. The answers are the asked actions. Words to recall: at a `share`
+    of the places of the context that show no mark, that of the newest fact, or of any shown by
+    then: what was shown at the end of a block must draw attention at once."""
+    world, actions = kind(rng, count, steps), asked_actions(kind)
     skill = np.where(rng.random(count) < skilled, 1.0, 0.5)
-    tokens, vectors, _ = scripted(world, rng, skill)
-    answer = np.zeros_like(tokens)
-    answer[:, 1:] = 1 + world.question
-    words = np.full((count, steps), -1)
-    actions = asked_actions(world)
+    tokens, vectors, asked, told = scripted(world, rng, skill, slips)
+    answer, words = np.zeros_like(tokens), np.full((count, steps), -1)
+    answer[:, 1:] = 1 + asked
     for row in range(count):
-        shows = world.pictures[row, :context, 0].any(1)
+        shows = vectors[row, :context, 1:1 + W].any(1)
         for at in np.flatnonzero(~shows & (rng.random(context) < share)):
-            said = np.flatnonzero(world.shown[row] + 1 <= at)
+            said = told[row, :at + 1]
+            said = said[said >= 0]
             if len(said):
-                newest = said[world.shown[row, said].argmax()]
-                fact = newest if rng.random() < 0.25 else rng.choice(said)
+                fact = said[-1] if rng.random() < 0.25 else rng.choice(said)
                 words[row, at] = actions[world.word[row, fact]]
     batch = Batch(torch.from_numpy(tokens), torch.from_numpy(answer), context, [kind.name] * count,
                   torch.from_numpy(vectors))
