@@ -32,7 +32,8 @@ import namm
 from extras import runs, video, worlds
 from model import GPT, GPTConfig
 
-SETTINGS = ((1, 28), (4, 28), (8, 28), (4, 14), (4, 8), (4, 4))  # training lengths, slots a head
+LENGTHS, SLOTS = (1, 4, 8), 28  # training lengths, and slots a head there
+SCARCE = (14, 8, 4)  # slots at one of the lengths
 COUNT = 64  # prompts, or episodes, of a report
 FEWER = 16  # the first prompts, which vectors drawn at random are measured on
 RULES = ("streaming", "recent", "h2o+pool", "tova+pool", "snapkv+pool", "recent_attention+pool")
@@ -46,8 +47,8 @@ class Target:
     """A transformer to be served. What a subclass says: its sizes, training length, steps, tokens
     in a step; lesson(rng, done, recall) -> (Batch, words to recall); prompts(part, rng, count,
     times) -> Batch, of contexts and questions; and what follows. no_skill: no better than this is a
-    GPT that has learned nothing."""
-    lr, no_skill = 1.2e-2, 0.1
+    GPT that has learned nothing. scarce_at: the length, in training lengths, for SCARCE slots."""
+    lr, no_skill, scarce_at = 1.2e-2, 0.1, 4
 
     def exam(self, rng, count, times):
         """What `sit` asks, of `times` the training length."""
@@ -116,7 +117,7 @@ class Video(Target):
 
 class Episodes(Target):
     """Episodes of 128 steps."""
-    steps, tokens, length = 600, 4096, 128
+    steps, tokens, length, scarce_at = 600, 4096, 128, 1  # a roll-out is slow
     sizes = {"n_layer": 2, "n_embd": 48, "head_dim": 24, "n_hidden": 128,
              "n_vector": worlds.N_VECTOR}
 
@@ -280,11 +281,13 @@ def random_rows(gpt, target, exam, solution, namm_got, config):
 
 
 def report(gpt, target, solutions, config):
-    """Rows of all methods at all SETTINGS. solutions: {method: Solution}, "namm_frozen" first. A
+    """Rows of all methods at all lengths and slots. solutions: {method: Solution}, "namm_frozen" first. A
     rule keeps as many slots as namm_frozen has; the best pooled rule is tried in the last layer
     first, too."""
     rows, whole = [], {}
-    bar = tqdm(SETTINGS, f"report on {target.name}", disable=None)
+    settings = [(times, SLOTS) for times in LENGTHS]
+    settings += [(target.scarce_at, slots) for slots in SCARCE]
+    bar = tqdm(settings, f"report on {target.name}", disable=None)
     for times, slots in bar:
         exam = target.exam(np.random.default_rng([config.seed, 30, times]), COUNT, times)
         own, n = dataclasses.replace(config, capacity=slots), times * target.length

@@ -88,9 +88,9 @@ class Maze(World):
         self.bend = rng.choice(3, (count, steps), p=(0.6, 0.2, 0.2))  # (N,L)
 
     def senses(self, place):
-        """Where it is open, and walls of noise, (N,SENSES)."""
+        """Where it is open, at a door nowhere, and walls of noise, (N,SENSES)."""
         seen = 0.3 * self.noise[self.rows, place]
-        seen[:, :3] = np.eye(3)[self.bend[self.rows, place]]
+        seen[:, :3] = np.eye(3)[self.bend[self.rows, place]] * (self.asks() < 0)[:, None]
         return seen
 
     def script(self):
