@@ -74,7 +74,7 @@ def length_at(rng, done, length):
 
 class Text(Target):
     """The run's own text, words and tasks."""
-    name, steps, tokens = "architecture", 800, 4096
+    name, steps, tokens = "architecture", 600, 4096
     sizes = {"n_layer": 4, "n_kv_head": 2, "n_embd": 48, "head_dim": 24, "n_hidden": 128}
 
     def __init__(self, config, parts, n_vocab, frames):
@@ -96,7 +96,7 @@ class Text(Target):
 
 class Video(Target):
     """Clips of 28 frames."""
-    name, steps, tokens, length, no_skill = "video", 350, 4096, 28 * video.PATCHES, 0.15
+    name, steps, tokens, length, no_skill = "video", 250, 4096, 28 * video.PATCHES, 0.15
     sizes = {"vocab_size": video.VOCABULARY, "n_vector": video.N_VECTOR}
 
     def __init__(self, config, parts, n_vocab, frames):
@@ -117,7 +117,7 @@ class Video(Target):
 
 class Episodes(Target):
     """Episodes of 128 steps."""
-    steps, tokens, length, scarce_at = 600, 4096, 128, 1  # a roll-out is slow
+    steps, tokens, length, scarce_at = 350, 4096, 128, 1  # a roll-out is slow
     sizes = {"n_layer": 2, "n_embd": 48, "head_dim": 24, "n_hidden": 128,
              "n_vector": worlds.N_VECTOR}
 
@@ -225,7 +225,7 @@ def own_statistics(gpt, target, config):
     return namm.mean_std(totals.cpu())
 
 
-def evolved(gpt, target, statistics, folder, config, generations=20, count=8):
+def evolved(gpt, target, statistics, folder, config, generations=16, count=8):
     """A Solution that is evolved on the target itself, as evolve.evolve does, in fewer generations
     of fewer prompts; the folder's, if it has one."""
     path, scale = folder / "evolved.pt", namm.scale(namm.shapes(namm.N_AGE + len(statistics[0])))
