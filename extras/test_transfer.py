@@ -92,19 +92,25 @@ def test_vectors_are_tokens_where_the_linear_is_the_embedding():
                  for g, b in ((gpt, batch), (other, carried)))
     for i in (0, 2, 3):  # the text loss asks for the context's numbers
         assert torch.allclose(want[i], got[i], atol=1e-5)
+    want, got = (model.plain_losses(g, b, draw) for g, b in ((gpt, batch), (other, carried)))
+    assert torch.allclose(want[0], got[0], atol=1e-5) and torch.equal(want[3], got[3])
 
 
-def test_whole_forgets_nothing_in_training():
-    """A GPT trained plainly meets full caches, and evicts as any GPT once trained. Catches: holes
-    in what is called plain, a cache that can never be managed."""
-    gpt = transfer.Whole(model.GPTConfig(**SMALL, vocab_size=20))
-    draw = lambda *shape: torch.zeros(2, *shape)  # no slot would stay but the newest
-    tokens = torch.randint(20, (2, 32))
-    cache = model.read_with_holes(gpt.train(), tokens, draw)[2]
-    assert [layer.alive.sum().item() for layer in cache] == [2 * 2 * 32] * 2
-    cache = gpt.eval().new_cache(2)
-    model.read(gpt, tokens, cache, 16, manager(4))
-    assert sum(layer.alive.sum().item() for layer in cache) <= 2 * 2 * 2 * 4
+@pytest.mark.parametrize("how", transfer.HOW)
+def test_plain_has_nothing_to_recall(how, monkeypatch, tmp_path):
+    """The lessons of a plain target hold no words to recall, which is what makes model.train read
+    without holes; those of the other do. Catches: two names for one training."""
+    seen = []
+    monkeypatch.setattr(model, "train", lambda gpt, batches, *more: seen.extend(batches))
+    monkeypatch.setattr(transfer.Video, "steps", 4)
+    monkeypatch.setattr(transfer.Video, "tokens", 1024)
+    target, config = transfer.Video(None, None, None, ""), evolve.Config(device="cpu")
+    transfer.trained(target, how, tmp_path, config)
+    assert len(seen) == 4
+    if how == "plain":
+        assert all(words.shape[1] == 0 for _, words, _ in seen)
+    else:
+        assert (seen[-1][1] >= 0).any() and seen[-1][1].shape[1] == seen[-1][0].tokens.shape[1] - 1
 
 
 # --- Clips ---------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ the statistics of its own GPT; nothing is fitted to them:
   video         a GPT that reads clips, patch by patch, and then a question (see video.py)
   maze, control decision transformers that act in a world (see worlds.py)
 
-Each twice: trained as evolve.py trains ("recall": with holes in the cache, and words to recall),
-and "plain", without either. Trains them, a few minutes each; evolves a vector on each, to compare;
-prints a table of each, and writes RUN/transfer.json, and RUN/transfer with GPTs and a picture.
+Each twice: trained as evolve.py trains ("recall"), and as with its --recall 0 ("plain": no holes in
+the cache, no words to recall). Trains them, a few minutes each; evolves a vector on each, to
+compare; prints a table of each, and writes RUN/transfer.json, and RUN/transfer with GPTs and a
+picture.
 --frames: draw the clips of the report on your own, (clips, frames, height, width).
 python -m extras.transfer FILE.json ... prints the tables of what was written before.
 """
@@ -171,17 +172,6 @@ TARGETS = {"architecture": Text, "video": Video, "maze": Maze, "control": Boat}
 
 # --- A target's GPT, and a vector of its own -----------------------------------------------------
 
-class Whole(GPT):
-    """A GPT that meets no holes while it is trained: its caches then keep everything."""
-
-    def new_cache(self, rows, renumber=False):
-        """As of any GPT."""
-        cache = super().new_cache(rows, renumber)
-        for layer in cache if self.training else ():
-            layer.evict = lambda keep: None
-        return cache
-
-
 def trained(target, how, folder, config):
     """The target's GPT: that in the folder, or a new one. Raises ValueError for one of other
     sizes."""
@@ -193,14 +183,14 @@ def trained(target, how, folder, config):
         return evolve.restored(found, config.device)
     seed = 1000 + config.seed  # another than the run's own GPT had
     torch.manual_seed(seed)
-    gpt = (Whole if how == "plain" else GPT)(sizes).to(config.device)
+    gpt, share = GPT(sizes).to(config.device), RECALL * (how == "recall")
 
     def lessons():
         """Each step's batch, words to recall, and seed."""
         for step in range(target.steps):
             rng = np.random.default_rng([seed, 0, step])
-            batch, words = target.lesson(rng, step / target.steps, RECALL * (how == "recall"))
-            yield batch, words, seed * 1_000_003 + step
+            batch, words = target.lesson(rng, step / target.steps, share)
+            yield batch, words if share else words[:, :0], seed * 1_000_003 + step
 
     model.train(gpt, lessons(), target.steps, target.lr, evolve.precision(config.device),
                 config.rows * target.length)
@@ -281,9 +271,9 @@ def random_rows(gpt, target, exam, solution, namm_got, config):
 
 
 def report(gpt, target, solutions, config):
-    """Rows of all methods at all lengths and slots. solutions: {method: Solution}, "namm_frozen" first. A
-    rule keeps as many slots as namm_frozen has; the best pooled rule is tried in the last layer
-    first, too."""
+    """Rows of all methods at all lengths and slots. solutions: {method: Solution}, "namm_frozen"
+    first. A rule keeps as many slots as namm_frozen has; the best pooled rule is tried in the last
+    layer first, too."""
     rows, whole = [], {}
     settings = [(times, SLOTS) for times in LENGTHS]
     settings += [(target.scarce_at, slots) for slots in SCARCE]
