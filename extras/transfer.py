@@ -320,7 +320,7 @@ def what_is_kept(gpt, target, solution, folder, config):
         fate = evolve.watch(gpt, solution, batch.each(lambda x: x.to(config.device)), config)
         lives = [own["lives"].cpu().numpy() for own in fate]  # (N,K,n) of each layer
         if count == 1:
-            title = f"What NAMM, evolved on text, keeps of {frames} frames, in the last layer"
+            title = f"What NAMM keeps of {frames} frames, in the last layer"
             n = batch.context
             evolve.save(folder / "kept.svg", video.picture(
                 batch.vectors[0, :n].numpy(), lives[-1][0, 0], kinds[0], title))
