@@ -1,13 +1,19 @@
-"""Evolution of a NAMM atop a real transformer, whose reading is dear: contexts are read once.
+"""One decision for all heads of a real transformer, fitted and evolved on contexts read once.
 
-  1. Record, record   contexts, read with the full cache: keys, values, features
-  2. replay, graded   what a vector keeps of a recorded context; the answers to its questions
-  3. search           evolution on recorded contexts
+  1. Votes            a manager: each token has one score, of the attention of every head
+  2. record           contexts, read with the full cache: keys, values, features
+  3. replay, graded   what a vector keeps of a recorded context; the answers to its questions
+  4. fit              where evolution begins
+  5. search           evolution
 
-A candidate scores the features of a full cache, block by block, and only the questions run through
-the transformer, over the keys and values that stayed. What was evicted stays evicted; but the later
-keys, and their attention, are those of a reader who had seen it. So this serves to evolve by, and
-not to report: for that see smollm2.py.
+In a real transformer few heads look facts up, and most attention says nothing of what will be asked
+for. namm.py judges each head by its own attention and does not know which head it is. Here each
+slot is judged by a weight for each head and frequency, and all heads keep the same tokens.
+
+Reading is dear, so contexts are read once, with the full cache: a candidate scores their features,
+block by block, and only the questions run through the transformer, over the keys and values that
+stayed. What was evicted stays evicted; but later keys, and attention, are those of a reader who had
+seen it. So this serves to evolve by, and not to report: for that see smollm2.py.
 
 Letters as in namm.py; N contexts of n tokens, H heads: KV heads of all layers, the lowest first.
 """
@@ -19,6 +25,7 @@ import time
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 import evolve
@@ -28,11 +35,49 @@ from model import KVCache
 
 DELAY = 64  # tokens of a block
 SHARES = (0.5, 0.25)  # of the context, that a head may keep
-N_IN = namm.N_AGE + 2 * namm.F  # features: age, the spectrum of a block's memory, of the slow one
-SCALE = namm.scale(namm.shapes(N_IN))  # (6943,)
+BINS = [0, namm.F // 2, namm.F, namm.F + namm.F // 2]  # of both memories: the lowest, a middle one
+FIRST, NEWEST = 4, 32  # tokens that always stay
 
 
-# --- 1. Contexts, read once -----------------------------------------------------------------------
+# --- 1. The manager -------------------------------------------------------------------------------
+
+def by_head(x, layers):
+    """Slots of all layers side by side, (B,K,layers S,...), as (B,H,S,...)."""
+    return x.unflatten(2, (layers, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def voted(cache, attention):
+    """Features of each slot after a block, whose slots are the same in all heads: logarithms of
+    four numbers of each head's spectrum, (B,S,4H)."""
+    spectra = namm.spectra(cache, attention, True, namm.MEMORIES["both"])  # (B,K,layers S,2F)
+    x = by_head(spectra[..., BINS], len(cache))  # (B,H,S,4)
+    return (x + 3e-4).log().transpose(1, 2).flatten(2)
+
+
+def scored(x, age, params, mean, std):
+    """Scores (B,S) of features x (B,S,4H) and age (B,S) by P vectors (P,8+4H), candidate-major;
+    mean and std (4H,). The first tokens of a text and the newest are above all others."""
+    none = x.new_zeros(*age.shape, namm.F)
+    turns = namm.features(none, age, none[0, 0], none[0, 0])[..., :namm.N_AGE]  # (B,S,8)
+    x = torch.cat([turns, (x - mean) / std], dim=2)
+    scores = x.reshape(len(params), -1, x.shape[2]) @ params[:, :, None]
+    scores, first = scores.view(age.shape), age > age.max() - FIRST
+    return scores.masked_fill(first | (age < NEWEST), math.inf)
+
+
+def votes(params, mean, std, capacity):
+    """A manager as `namm.namm` is one, which keeps `capacity` slots, the same in all heads."""
+    def manage(cache, attention):
+        """Judge all slots after a block."""
+        age = cache[0].seen - 1 - cache[0].positions[:, 0]  # (B,S)
+        scores = scored(voted(cache, attention), age, params, mean, std)
+        scores = scores[:, None].expand(-1, attention[0].shape[1], -1)
+        scores = torch.cat([scores] * len(cache), dim=2)  # (B,K,S of all layers)
+        return namm.stays(cache, scores, -math.inf, [capacity] * len(cache))
+    return manage
+
+
+# --- 2. Contexts, read once -----------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Record:
@@ -40,25 +85,19 @@ class Record:
     batch: data.Batch
     keys: torch.Tensor  # (N,H,n,D)
     values: torch.Tensor  # (N,H,n,D)
-    features: list  # after each block, of all S slots so far, (N,H,S,42); at first only spectra
-
-
-def by_head(x, layers):
-    """Slots of all layers side by side, (N,K,layers S,...), as (N,H,S,...)."""
-    return x.unflatten(2, (layers, -1)).transpose(1, 2).flatten(1, 2)
+    features: list  # after each block, of all S slots so far, (N,S,4H)
 
 
 @torch.no_grad()
-def record(gpt, batch, at_once=8):
-    """Read contexts with the full cache: a Record, whose features are the spectra, (N,H,S,34)."""
+def record(gpt, batch, at_once=4):
+    """Read contexts with the full cache: a Record."""
     pieces = []
     for tokens in batch.tokens[:, :batch.context].split(at_once):
         cache, seen = gpt.new_cache(len(tokens)), []
 
         def note(cache, attention):
-            """Keep the spectra, and every slot."""
-            spectra = namm.spectra(cache, attention, True, namm.MEMORIES["both"])
-            seen.append(by_head(spectra, len(cache)))
+            """Keep the features, and every slot."""
+            seen.append(voted(cache, attention))
             return None, [layer.alive for layer in cache]
 
         model.read(gpt, tokens, cache, DELAY, note)
@@ -68,90 +107,51 @@ def record(gpt, batch, at_once=8):
     return Record(batch, keys, values, seen)
 
 
-def mean_std(made):
-    """Mean and standard deviation of each bin over contexts, heads, slots and blocks, (34,)."""
-    totals = torch.zeros(3, made.features[0].shape[-1], dtype=torch.float64)
-    for x in made.features:
-        x = x.flatten(0, 2).double()
-        totals += torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)])
-    return namm.mean_std(totals)
+def statistics(made):
+    """Mean and standard deviation of each feature, (4H,)."""
+    rows = torch.cat([x.flatten(0, 1) for x in made.features])
+    return rows.mean(0), rows.std(0)
 
 
-def middle(made):
-    """Median of each bin, and ten times the median distance from it, (34,): statistics that are not
-    decided by the few slots with most of the attention."""
-    rows = torch.cat([x.flatten(0, 2)[::97] for x in made.features])
-    median = rows.median(0).values
-    return median, 10 * (rows - median).abs().median(0).values
+# --- 3. What a vector keeps, and what it answers --------------------------------------------------
 
-
-def normalise(made, mean, std):
-    """Make the spectra of a record features: (N,H,S,34) -> (N,H,S,42) of each block."""
-    for i, x in enumerate(made.features):
-        S = x.shape[2]
-        age = torch.arange(S - 1, -1, -1).expand(x.shape[:3])
-        made.features[i] = namm.features(x, age, mean, std)
-
-
-# --- 2. What a vector keeps, and what it answers --------------------------------------------------
-
-def scored(x, params):
-    """Scores (B,H,S) of features (B,H,S,42) by P candidates: whole vectors (P,6943), or weights of
-    the features alone, (P,42)."""
-    if params.shape[1] == N_IN:
-        rows = x.reshape(len(params), -1, N_IN)
-        return (rows @ params[:, :, None]).view(x.shape[:3])
-    return namm.bam_scores(x, params, [x.shape[2]])
-
-
-def linear(params):
-    """(P,42) weights of the features alone, as whole vectors (P,6943): the backward attention gives
-    nothing, so a slot's score is its features times the weights."""
-    whole = torch.zeros(len(params), len(SCALE))
-    whole[:, -1 - N_IN:-1] = params
-    return whole
-
-
-def replay(made, which, params, capacity, pool=False):
-    """What P candidates (P,n) keep of the recorded contexts `which` (N,): one cache of all H heads,
-    with P x N rows, candidate-major, and no keys. After each block as many slots stay as `namm`
-    would keep by these features."""
+def replay(made, which, params, mean, std, capacity):
+    """Positions that P candidates (P,8+4H) keep of the recorded contexts `which` (N,), oldest
+    first: (P N,S), candidate-major. After each block as many stay as `votes` would keep by these
+    features."""
     rows = len(params) * len(which)
-    cache = KVCache(torch.zeros(rows, made.keys.shape[1], 0, 0))
+    kept = torch.zeros(rows, 0, dtype=torch.long)
     for x in made.features:
-        new = torch.zeros(rows, made.keys.shape[1], x.shape[2] - cache.seen, 0)
-        cache.append(new, new)
-        if cache.seen <= capacity:
+        seen, S = x.shape[1], kept.shape[1]
+        new = torch.arange(seen - DELAY, seen).expand(rows, -1)
+        kept = torch.cat([kept, new], dim=1)
+        if seen <= capacity:
             continue
-        x = taken(x[which].repeat(len(params), 1, 1, 1), cache.positions)
-        scores = scored(x, params)
-        _, [keep] = namm.stays([cache], scores, -math.inf, [capacity], pool)
-        cache.evict(keep)
-    return cache
-
-
-def taken(x, positions):
-    """Of x (B,H,n,D) the slots at some positions (B,H,S): (B,H,S,D)."""
-    return x.gather(2, positions[..., None].expand(-1, -1, -1, x.shape[3]))
+        x = x[which].repeat(len(params), 1, 1)
+        x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
+        scores = scored(x, seen - 1 - kept, params, mean, std)
+        kept = kept[namm.best(scores, capacity)].view(rows, capacity)
+    return kept
 
 
 def refilled(gpt, made, which, kept):
-    """A cache for the GPT with the recorded keys and values at what `replay` kept."""
-    cache, copies = gpt.new_cache(len(kept.alive)), len(kept.alive) // len(which)
-    K = gpt.config.n_kv_head
+    """A cache for the GPT with the recorded keys and values at the positions `kept` (P N,S)."""
+    cache, K, D = gpt.new_cache(len(kept)), gpt.config.n_kv_head, made.keys.shape[3]
+    at = kept[:, None].expand(-1, K, -1)  # (P N,K,S)
     for i, layer in enumerate(cache):
+        layer.positions, layer.alive = at, torch.ones_like(at, dtype=torch.bool)
         own = slice(i * K, i * K + K)
-        layer.positions, layer.alive = kept.positions[:, own], kept.alive[:, own]
-        layer.keys, layer.values = (taken(x[which, own].repeat(copies, 1, 1, 1), layer.positions)
-                                    for x in (made.keys, made.values))
-        layer.seen, layer.ragged = kept.seen, kept.ragged
+        layer.keys, layer.values = (
+            x[which, own].repeat(len(kept) // len(which), 1, 1, 1)
+            .gather(2, at[..., None].expand(-1, -1, -1, D)) for x in (made.keys, made.values))
+        layer.seen = made.batch.context
     return cache
 
 
 @torch.no_grad()
 def graded(gpt, batch, cache):
-    """Ask over a cache of B = copies x N rows. All answers are one token. -> (B,) each: the share
-    of answers that are the arg-max, and the mean likelihood of an answer."""
+    """Ask over a cache of B = copies x N rows. All answers are one token. -> (2,B): the share of
+    answers that are the arg-max, and the mean likelihood of an answer."""
     copies = len(cache[0].alive) // len(batch.tokens)
     tokens = batch.tokens[:, batch.context:].repeat(copies, 1)
     answer = batch.answer[:, batch.context:].repeat(copies, 1) > 0
@@ -170,79 +170,90 @@ def pick(batch, which):
     return dataclasses.replace(batch.each(lambda x: x[which]), tasks=tasks)
 
 
-def answers(gpt, made, which, params, capacity, pool=False, at_once=16):
+def answers(gpt, made, which, params, mean, std, capacity, at_once=24):
     """Of P candidates on N recorded contexts: exact and likelihood, (2,P,N)."""
     done = []
     for own in which.split(max(1, at_once // len(params))):
-        kept = replay(made, own, params, capacity, pool)
+        kept = replay(made, own, params, mean, std, capacity)
         got = graded(gpt, pick(made.batch, own), refilled(gpt, made, own, kept))
         done.append(got.view(2, len(params), -1))
     return torch.cat(done, dim=2)
 
 
-# --- 3. Evolution on recorded contexts ------------------------------------------------------------
+# --- 4. Where evolution begins --------------------------------------------------------------------
 
-# of a stage: is it the linear score that evolves; generations; candidates; first step size;
-# recorded contexts of each task, for each share, in a generation
-STAGES = {"linear": (True, 20, 14, 0.2, 3), "whole": (False, 90, 12, 0.3, 2)}
-
-
-def start():
-    """Where evolution begins, (1,42): what is new stays, and what received most attention. The
-    sine and cosine of the age are those that turn by less than half in 512 tokens."""
-    params = torch.zeros(1, N_IN)
-    params[0, [2, 6]] = torch.tensor([-5.0, 5.0])
-    params[0, namm.N_AGE + namm.F] = 2.0  # the slow spectrum's lowest frequency
-    return params
+def asked_for(batch):
+    """(N,n) 1 for the tokens of a context that a line with an answer to come is made of: its last
+    seven before the answer, the answer and the one after."""
+    mark = torch.zeros(len(batch.tokens), batch.context)
+    for row, tokens, answer in zip(mark, batch.tokens.numpy(), batch.answer.numpy()):
+        places = torch.from_numpy(data.fact_positions(tokens, answer, batch.context))
+        for shift in range(-6, 2):
+            row[(places + shift).clamp(0, batch.context - 1)] = 1
+    return mark
 
 
-def fitness(gpt, made, params, rng=None, drawn=0):
+def fit(made, mean, std, steps=400):
+    """A vector (1,8+4H) by logistic regression: is a token, neither among the first nor the newest,
+    in a line that will be asked for? Its weights for age prefer the newer, slightly."""
+    marks, rows, truth = asked_for(made.batch), [], []
+    for x in made.features:
+        own = slice(FIRST, x.shape[1] - NEWEST)
+        rows.append(((x[:, own] - mean) / std).flatten(0, 1))
+        truth.append(marks[:, :x.shape[1]][:, own].flatten())
+    rows, truth = torch.cat(rows), torch.cat(truth)
+    weights = torch.zeros(rows.shape[1] + 1, requires_grad=True)  # the last is the bias
+    adam = torch.optim.Adam([weights], lr=0.03)
+    for _ in range(steps):
+        loss = F.binary_cross_entropy_with_logits(rows @ weights[:-1] + weights[-1], truth)
+        adam.zero_grad()
+        (loss + 1e-3 * weights.square().sum()).backward()
+        adam.step()
+    age = torch.zeros(namm.N_AGE)
+    age[[2, 6]] = torch.tensor([-0.6, 0.6])  # sine and cosine that turn by half in 700 tokens
+    return torch.cat([age, weights.detach()[:-1]])[None]
+
+
+# --- 5. Evolution ---------------------------------------------------------------------------------
+
+def fitness(gpt, made, params, mean, std, rng=None, drawn=0):
     """(P,) mean likelihood of the answers on `drawn` recorded contexts of each task and share, the
     same for all candidates; without rng on all contexts."""
     tasks, total = len(set(made.batch.tasks)), 0.0
-    each = len(made.batch.tasks) // tasks
+    each, which = len(made.batch.tasks) // tasks, torch.arange(len(made.batch.tasks))
     for share in SHARES:
-        which = torch.arange(len(made.batch.tasks))
         if rng:
-            some = np.concatenate([rng.choice(each, drawn, replace=False) + each * t
-                                   for t in range(tasks)])
-            which = torch.from_numpy(some)
+            which = torch.cat([torch.from_numpy(rng.choice(each, drawn, replace=False)) + each * t
+                               for t in range(tasks)])
         capacity = round(share * made.batch.context)
-        total = total + answers(gpt, made, which, params, capacity)[1].mean(1)
+        total = total + answers(gpt, made, which, params, mean, std, capacity)[1].mean(1)
     return total / len(SHARES)
 
 
-def search(gpt, made, choose, seed, stage, begin, state, keep):
-    """Evolve from a vector `begin`: (the chosen vector (1,n), history). As
-    evolve.evolve: of averages of means the one that does best on the contexts to choose by. `state`
-    and keep(state): where it stopped."""
-    simple, generations, popsize, sigma, drawn = STAGES[stage]
-    first = begin[0] if simple else linear(begin)[0] / SCALE
-    es = evolve.CMAES(first, sigma, popsize, seed, diagonal=not simple)
-
-    def whole(params):
-        """Vectors of what evolves, (n,) or (P,n)."""
-        params = torch.atleast_2d(params).float()
-        return params if simple else params * SCALE
-
+def search(gpt, made, choose, begin, mean, std, settings, state, keep):
+    """Evolve from a vector `begin` (1,8+4H): (the chosen vector, history). As evolve.evolve: of
+    averages of means the one that does best on the contexts to choose by. settings {seed,
+    generations, popsize, sigma, drawn}; `state` and keep(state): where it stopped."""
+    seed, last = settings["seed"], settings["generations"]
+    es = evolve.CMAES(begin[0], settings["sigma"], settings["popsize"], seed, diagonal=True)
     state = state or {"es": es.state_dict(), "average": es.mean, "chosen": es.mean,
                       "highest": -math.inf, "history": []}
     es.load_state_dict(state["es"])
-    for g in range(len(state["history"]), generations + 1):
+    for g in range(len(state["history"]), last + 1):
         began, point = time.time(), {"generation": g, "sigma": es.sigma}
         if g:
             rng = np.random.default_rng([seed, 2, g])
-            got = fitness(gpt, made, whole(es.ask()), rng, drawn)
+            got = fitness(gpt, made, es.ask().float(), mean, std, rng, settings["drawn"])
             es.tell(got)
             state["average"] = state["average"] + (es.mean - state["average"]) / min(g, 10)
             point |= {"candidates": got.mean().item(), "best": got.max().item()}
-        if g % 10 == 0:
-            value = fitness(gpt, choose, whole(state["average"])).item()
+        if g % 5 == 0 or g == last:
+            value = fitness(gpt, choose, state["average"][None].float(), mean, std).item()
             point["mean"] = value
             if value > state["highest"]:
                 state |= {"highest": value, "chosen": state["average"]}
         state |= {"history": [*state["history"], point | {"seconds": time.time() - began}],
                   "es": es.state_dict()}
-        print(stage, json.dumps(state["history"][-1]), flush=True)
+        print(json.dumps(state["history"][-1]), flush=True)
         keep(state)
-    return whole(state["chosen"]), state["history"]
+    return state["chosen"][None].float(), state["history"]

