@@ -3,7 +3,7 @@
   1. Votes            a manager: each token has one score, of the attention of every head
   2. record           contexts, read with the full cache: keys, values, features
   3. replay, graded   what a vector keeps of a recorded context; the answers to its questions
-  4. fit              where evolution begins
+  4. by_age, fit      where evolution may begin
   5. search           evolution
 
 In a real transformer few heads look facts up, and most attention says nothing of what will be asked
@@ -180,7 +180,7 @@ def answers(gpt, made, which, params, mean, std, capacity, at_once=24):
     return torch.cat(done, dim=2)
 
 
-# --- 4. Where evolution begins --------------------------------------------------------------------
+# --- 4. Where evolution may begin -----------------------------------------------------------------
 
 def asked_for(batch):
     """(N,n) 1 for the tokens of a context that a line with an answer to come is made of: its last
@@ -191,6 +191,14 @@ def asked_for(batch):
         for shift in range(-6, 2):
             row[(places + shift).clamp(0, batch.context - 1)] = 1
     return mark
+
+
+def by_age(size):
+    """A vector (1,8+size) by which the newer stays: its weights are for the sine and the cosine of
+    the age that turn by half in 700 tokens."""
+    vector = torch.zeros(1, namm.N_AGE + size)
+    vector[0, [2, 6]] = torch.tensor([-1.5, 1.5])
+    return vector
 
 
 def fit(made, mean, std, steps=400):
@@ -209,9 +217,7 @@ def fit(made, mean, std, steps=400):
         adam.zero_grad()
         (loss + 1e-3 * weights.square().sum()).backward()
         adam.step()
-    age = torch.zeros(namm.N_AGE)
-    age[[2, 6]] = torch.tensor([-0.6, 0.6])  # sine and cosine that turn by half in 700 tokens
-    return torch.cat([age, weights.detach()[:-1]])[None]
+    return torch.cat([0.4 * by_age(0)[0], weights.detach()[:-1]])[None]
 
 
 # --- 5. Evolution ---------------------------------------------------------------------------------

@@ -33,7 +33,11 @@ TASKS = ("dialog", "log", "code")
 OTHERS = ("needle", "multikey", "kv", "passage")  # facts do not come back
 LENGTH = 512  # tokens of a prompt to evolve on
 EVOLVE, CHOOSE, REPORT = 32, 12, 32  # contexts of each task
-SEARCH = {"generations": 60, "popsize": 16, "sigma": 0.03, "drawn": 3}
+# method: where its evolution begins, and how it goes
+SEARCH = {
+    "namm_evolved": ("by_age", dict(generations=50, popsize=16, sigma=0.06, drawn=3)),
+    "namm_fitted_evolved": ("namm_fitted", dict(generations=25, popsize=16, sigma=0.03, drawn=3))}
+NAMMS = (*SEARCH, "namm_fitted")
 
 
 # --- 1. The model, prompts ------------------------------------------------------------------------
@@ -73,27 +77,28 @@ def in_bfloat16(gpt):
 # --- 2. Evolution ---------------------------------------------------------------------------------
 
 def evolved(gpt, parts, config, folder):
-    """{"mean", "std": statistics; "namm_start", "namm_evolved": vectors (1,8+4H)}: where evolution
-    began, and what it found. Goes on from FOLDER/evolution.pt."""
+    """{"mean", "std": statistics; "vectors": {method: (1,8+4H)}}: where evolution began, and what
+    it found. Goes on from FOLDER/evolution.pt."""
     path = folder / "evolution.pt"
-    saved = evolve.load(path, {"mean", "std", "namm_start", "state"})
-    if saved and "namm_evolved" in saved:
+    saved = evolve.load(path, {"mean", "std", "vectors", "states"})
+    if saved and set(NAMMS) <= set(saved["vectors"]):
         return saved
     made = recorded.record(gpt, draw(parts["evolve"], TASKS, EVOLVE, [config.seed, 1]))
     choose = recorded.record(gpt, draw(parts["choose"], TASKS, CHOOSE, [config.seed, 3]))
     if not saved:
         mean, std = recorded.statistics(made)
-        saved = {"mean": mean, "std": std, "namm_start": recorded.fit(made, mean, std),
-                 "state": None}
+        begin = {"by_age": recorded.by_age(len(mean)), "namm_fitted": recorded.fit(made, mean, std)}
+        saved = {"mean": mean, "std": std, "vectors": begin, "states": {}}
+    for name, (start, search) in SEARCH.items():
+        def keep(state):
+            """Save it."""
+            saved["states"][name] = state
+            evolve.save(path, saved)
 
-    def keep(state):
-        """Save it."""
-        saved["state"] = state
-        evolve.save(path, saved)
-
-    saved["namm_evolved"], _ = recorded.search(
-        gpt, made, choose, saved["namm_start"], saved["mean"], saved["std"],
-        SEARCH | {"seed": config.seed}, saved["state"], keep)
+        vector, _ = recorded.search(
+            gpt, made, choose, saved["vectors"][start], saved["mean"], saved["std"],
+            search | {"seed": config.seed}, saved["states"].get(name), keep)
+        saved["vectors"][name] = vector
     evolve.save(path, saved)
     return saved
 
@@ -123,16 +128,15 @@ def read_all(gpt, tokens, managers, capacity):
 
 # --- 4. Report ------------------------------------------------------------------------------------
 
-NAMMS = ("namm_evolved", "namm_start")
 SHARED = ("h2o+heads", "tova+heads", "snapkv+heads", "recent_attention+heads")
 ZERO_SHOT = ("zero_shot", "zero_shot_own_statistics")
-FEW = ("namm_evolved", "namm_start", "streaming", "h2o", "snapkv", "snapkv+heads")
+FEW = ("namm_evolved", "namm_fitted_evolved", "streaming", "h2o", "snapkv", "snapkv+heads")
 # tasks, tokens, contexts of each task, shares, pooled, methods beside the full cache
 PARTS = [(TASKS, 512, REPORT, (0.25, 0.5), False,
           (*NAMMS, *namm.RULES, *SHARED, *ZERO_SHOT, "random_vectors")),
-         (OTHERS, 512, REPORT // 2, (0.25, 0.5), False, FEW),
-         (TASKS, 1024, REPORT // 2, (0.25, 0.5), False, FEW),
-         (TASKS, 512, REPORT, (0.25, 0.5), True, ("h2o", "tova", "snapkv", *ZERO_SHOT)),
+         (OTHERS, 512, REPORT // 4, (0.25, 0.5), False, FEW),
+         (TASKS, 512, REPORT, (0.25, 0.5), True, ("h2o", "snapkv", ZERO_SHOT[1])),
+         (TASKS, 1024, REPORT // 4, (0.25, 0.5), False, FEW),
          (TASKS, 512, REPORT, (0.75,), False, FEW)]
 
 
@@ -149,8 +153,8 @@ def of_all_heads(rule, capacity):
 
 
 def manager(name, found, rows, capacity, pool, config):
-    """The manager of a method's name, for so many rows. found: of `evolved`, and the Solutions of
-    ZERO_SHOT."""
+    """The manager of a method's name, for so many rows. found: what `evolved` returned, and the
+    Solutions of ZERO_SHOT."""
     rule, _, how = name.partition("+")
     if rule in namm.RULES:
         rule = namm.RULES[rule]
@@ -158,10 +162,10 @@ def manager(name, found, rows, capacity, pool, config):
     if name in ZERO_SHOT:
         return evolve.manager(found[name], config, capacity=capacity, memory="block",
                               slots="shared" if pool else "own")
-    params = found.get(name)
+    params = found["vectors"].get(name)
     if name == "random_vectors":  # another one for each row
         generator = torch.Generator().manual_seed(config.seed)
-        params = torch.randn(rows, found["namm_start"].shape[1], generator=generator)
+        params = torch.randn(rows, found["vectors"]["by_age"].shape[1], generator=generator)
     return recorded.votes(params, found["mean"], found["std"], capacity)
 
 
