@@ -8,7 +8,8 @@
 
 In a real transformer few heads look facts up, and most attention says nothing of what will be asked
 for. namm.py judges each head by its own attention and does not know which head it is. Here each
-slot is judged by a weight for each head and frequency, and all heads keep the same tokens.
+slot is judged by a weight for each head and frequency, and all heads keep the same tokens. Such a
+vector serves one transformer, and cannot be carried to another.
 
 Reading is dear, so contexts are read once, with the full cache: a candidate scores their features,
 block by block, and only the questions run through the transformer, over the keys and values that
@@ -183,8 +184,8 @@ def answers(gpt, made, which, params, mean, std, capacity, at_once=24):
 # --- 4. Where evolution may begin -----------------------------------------------------------------
 
 def asked_for(batch):
-    """(N,n) 1 for the tokens of a context that a line with an answer to come is made of: its last
-    seven before the answer, the answer and the one after."""
+    """(N,n) 1 for the tokens of a context that a line with an answer to come is made of: six before
+    the answer, the answer and the one after."""
     mark = torch.zeros(len(batch.tokens), batch.context)
     for row, tokens, answer in zip(mark, batch.tokens.numpy(), batch.answer.numpy()):
         places = torch.from_numpy(data.fact_positions(tokens, answer, batch.context))
