@@ -133,10 +133,11 @@ class Episodes(Target):
         return worlds.episodes(self.world, rng, count, steps, steps * 7 // 8, 0.9, 0.02, share)[:2]
 
     def prompts(self, part, rng, count, times):
-        """What the script does; asked is what it does in the last 64 steps."""
+        """What the script does; asked is what it does in the last 64 steps or more."""
         steps = times * self.length
-        batch = worlds.episodes(self.world, rng, count, steps, steps - 64)[0]
-        batch.answer[:, :steps - 63] = 0  # the others are no questions that follow the context
+        context = steps - max(64, steps // 8)
+        batch = worlds.episodes(self.world, rng, count, steps, context)[0]
+        batch.answer[:, :context + 1] = 0  # what is asked before is no question that follows it
         return batch
 
     def exam(self, rng, count, times):
@@ -160,10 +161,12 @@ class Episodes(Target):
 
 
 class Maze(Episodes):
+    """See worlds.Maze."""
     world = worlds.Maze
 
 
 class Boat(Episodes):
+    """See worlds.Boat."""
     world = worlds.Boat
 
 
