@@ -401,7 +401,7 @@ def parse(line):
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("targets", nargs="*", metavar="TARGET")
     parser.add_argument("--frames", default="", metavar="FILE.npy")
-    given = parser.parse_args(line)
+    given = parser.parse_intermixed_args(line)
     if not given.run.endswith(".json"):
         unknown = set(given.targets) - set(TARGETS)
         if unknown:
