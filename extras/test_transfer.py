@@ -376,17 +376,13 @@ def test_smoke(finished, monkeypatch, capsys, tmp_path):
     assert all(0 <= row["score"] <= 1 and 0 < row["cache"] <= 1 for row in rows)
     assert (run / "transfer" / "video-plain" / "kept.svg").exists()
     monkeypatch.setattr(model, "train", None)
-    monkeypatch.setattr(evolve, "CMAES", lambda *own, **more: pytest.fail("evolved anew")
-                        if "diagonal" in more else CMAES(*own))
+    monkeypatch.setattr(evolve.CMAES, "tell", None)
     transfer.main([*line, "maze"])
     again = json.loads((run / "transfer.json").read_text())
     key = lambda row: tuple(map(str, (row["target"], row["trained"], row["slots"], row["method"])))
     assert sorted(again, key=key) == sorted(rows, key=key)
     transfer.main([str(run / "transfer.json")])
     assert "### maze, trained plain" in capsys.readouterr().out
-
-
-CMAES = evolve.CMAES
 
 
 def refused(line):
