@@ -94,7 +94,7 @@ def moments(attention):
 
 def plain_spectra(frames_of):
     """As namm.spectra, of plainer frames: f(cache, attention [(B,K,T,S)], opened) -> (B,K,S,F)."""
-    def spectra(cache, attention, opened, memories):
+    def spectra(cache, attention, opened, memories=None):
         """The block's frames, averaged with what the cache remembers; none is half full."""
         new = torch.cat(attention, dim=3).float()  # (B,K,T,S)
         B, K, T, S = new.shape
@@ -120,7 +120,8 @@ def ablated(scorer="bam", features="all", heads="apart"):
     scores_of, shapes = SCORERS[scorer]
     spectra = SPECTRA.get(features, namm.spectra)
 
-    def method(params, mean, std, threshold, capacity, shared, opened, squash, memories):
+    def method(params, mean, std, threshold, capacity, shared, opened, squash,
+               memories=namm.MEMORIES["block"]):
         """As namm.namm."""
         def manage(cache, attention):
             """Judge all slots after a block."""
