@@ -473,7 +473,7 @@ def log(part, rng, n, room):
     keys, values = part.pick(rng, max(1, events // 4)), part.answers(rng, events)
     now, lines = {}, []
     for value in values:
-        key = keys[min(int(rng.pareto(1)), len(keys) - 1)]  # the first keys most often
+        key = keys[min(int(rng.pareto(1)), len(keys) - 1)]  # half are of the first
         anew = key not in now or rng.random() < 0.4
         now[key] = value if anew else now[key]
         lines.append((set_ if anew else get) + [key, now[key]] + end)
