@@ -129,7 +129,7 @@ def read_all(gpt, tokens, managers, capacity):
 # --- 4. Report ------------------------------------------------------------------------------------
 
 SHARED = ("h2o+heads", "tova+heads", "snapkv+heads", "recent_attention+heads")
-ZERO_SHOT = ("zero_shot", "zero_shot_own_statistics")
+ZERO_SHOT = ("namm_zero_shot", "namm_zero_shot_own_statistics")
 FEW = ("namm_evolved", "namm_fitted_evolved", "streaming", "h2o", "snapkv", "snapkv+heads")
 # tasks, tokens, contexts of each task, shares, pooled, methods beside the full cache
 PARTS = [(TASKS, 512, REPORT, (0.25, 0.5), False,
@@ -279,7 +279,7 @@ def main(line):
     theirs = evolve.solution_of(given)
     plain = dataclasses.replace(config, memory="block")
     own = evolve.feature_statistics(gpt, parts["evolve"], plain)
-    found |= {"zero_shot": theirs, "zero_shot_own_statistics": evolve.Solution(theirs.params, *own)}
+    found |= dict(zip(ZERO_SHOT, (theirs, evolve.Solution(theirs.params, *own))))
     rows = report(gpt, parts["report"], found, config, folder / "report.json")
     rows = with_leads(rows, config.seed)
     evolve.save(folder / "smollm2.json", evolve.as_json(rows))
