@@ -20,6 +20,7 @@ import pydoc_data.topics
 import re
 import sysconfig
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import tiktoken
@@ -297,8 +298,8 @@ def function_names(texts, encoding):
     for part in ("report", "choose", "evolve", "train"):
         found = set(re.findall(r"\bdef (\w+)\(", "\n".join(texts[part]))) - taken
         taken |= found
-        tokens = [encoding.encode_ordinary(name) for name in sorted(found)]
-        names[part] = [own for own in tokens if len(own) <= 4][:500]
+        tokens = (encoding.encode_ordinary(name) for name in sorted(found))
+        names[part] = list(islice((own for own in tokens if len(own) <= 4), 500))
     return names
 
 

@@ -939,13 +939,22 @@ def check_sizes(config, own, home):
                              "option out")
 
 
-def check_vector(found, config, path):
-    """Raise ValueError for a namm.pt whose vector is not for this NAMM."""
+def check_vector(found, config, home, needed_now):
+    """Raise ValueError if the vector of a run is needed now and not there, or is not for this
+    NAMM. found: the namm.pt in the folder `home`, or None."""
+    if config.vector and not (home / "config.json").exists():
+        raise ValueError(f"--vector {home}: the folder holds no run (no config.json)")
+    if needed_now and not found:
+        raise ValueError(f"{home}: the run is not finished (no namm.pt); python evolve.py "
+                         f"--resume {home} goes on")
+    if not found:
+        return
     spectra, count = len(namm.MEMORIES[config.memory]) * namm.F, found["params"].numel()
     needed = len(Solution.scale(namm.shapes(namm.N_AGE + spectra)))
     if count != needed or len(found["mean"]) != spectra:
-        raise ValueError(f"{path}: {count} parameters, and NAMM has {needed} with --memory "
-                         f"{config.memory}: the vector is of another scorer, or another --memory")
+        raise ValueError(f"{home / 'namm.pt'}: {count} parameters, and NAMM has {needed} with "
+                         f"--memory {config.memory}: the vector is of another scorer, or another "
+                         "--memory")
 
 
 def checkpoint(base):
@@ -978,13 +987,7 @@ def prepare(config, shown=None):
              "progress": load(out / "progress.pt", {"stage"})}  # candidates are drawn on the CPU
     if found["gpt"]:
         check_sizes(config, found["gpt"]["config"], home)
-    if config.vector and not (vector / "config.json").exists():
-        raise ValueError(f"--vector {vector}: the folder holds no run (no config.json)")
-    if (config.eval or shown) and not found["namm"]:
-        raise ValueError(f"{vector}: the run is not finished (no namm.pt); python evolve.py "
-                         f"--resume {vector} goes on")
-    if found["namm"]:
-        check_vector(found["namm"], config, vector / "namm.pt")
+    check_vector(found["namm"], config, vector, config.eval or shown)
     rows = config.batch_tokens // config.length
     if not found["gpt"] and world()[1] > rows:
         raise ValueError(f"{world()[1]} processes, but a training step has {rows} rows to share; "

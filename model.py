@@ -377,6 +377,20 @@ def recall_loss(gpt, heads, recall, who):
     return F.cross_entropy(gpt.output(gpt.norm(named[at])), recall[at], reduction="none")
 
 
+def prompt_mean(loss, where):
+    """Mean of loss (M,) over the places of each prompt: where (N,L) bool has M. -> (N,)"""
+    total = torch.zeros(len(where), device=loss.device)
+    return total.index_add(0, where.nonzero()[:, 0], loss.float()) / where.sum(1).clamp(min=1)
+
+
+def text_places(answer, draw):
+    """Where text is predicted, of prompts with answer (N,L-1): (N,L-1) bool. The vocabulary is the
+    dearest part of so small a GPT: an eighth of the text is enough; of the line ends after the last
+    answer nothing."""
+    before_end = (answer > 0).flip(1).cumsum(1).flip(1) > 0
+    return (answer == 0) & before_end & (draw(answer.shape[1]) < 0.125)
+
+
 def losses(gpt, batch, recall, draw):
     """Losses of N prompts, (N,) each: mean cross-entropy of a prompt's answers, of an eighth of its
     other tokens, and of the words to recall; and the share of its answer tokens that are right.
@@ -384,26 +398,18 @@ def losses(gpt, batch, recall, draw):
     c, n, inputs = gpt.config, batch.context, batch.inputs()
     hidden, heads, cache = read_with_holes(gpt, inputs[:, :n], draw)
     hidden = torch.cat([hidden, gpt.hidden(inputs[:, n:-1], cache)[0]], dim=1)  # (N,L-1,C)
-
-    def mean(loss, where):
-        """Mean of loss (M,) over the places of each prompt: where (N,L) bool has M. -> (N,)"""
-        total = torch.zeros(len(where), device=loss.device)
-        return total.index_add(0, where.nonzero()[:, 0], loss.float()) / where.sum(1).clamp(min=1)
-
     recall = recall[:, :n]
     asked = (c.n_layer - c.n_layer // 2) * c.n_kv_head  # heads that may be asked
     who = (draw(n) * asked).long().masked_fill(recall < 0, -1)  # (N,n)
     recalled = recall_loss(gpt, heads, recall, who)
     answer, target = batch.answer[:, 1:] > 0, batch.tokens[:, 1:]  # (N,L-1) each
-    # the vocabulary is the dearest part of so small a GPT: an eighth of the text is enough; of the
-    # line ends after the last answer nothing
-    before_end = answer.flip(1).cumsum(1).flip(1) > 0
-    text = ~answer & before_end & (draw(answer.shape[1]) < 0.125)  # (N,L-1)
+    text = text_places(batch.answer[:, 1:], draw)  # (N,L-1)
     right = gpt.output(hidden[answer])  # (M,V)
     answers = F.cross_entropy(right, target[answer], reduction="none")
     texts = F.cross_entropy(gpt.output(hidden[text]), target[text], reduction="none")
-    return (mean(answers, answer), mean(texts, text), mean(recalled, recall >= 0),
-            mean(right.argmax(-1) == target[answer], answer))
+    return (prompt_mean(answers, answer), prompt_mean(texts, text),
+            prompt_mean(recalled, recall >= 0),
+            prompt_mean(right.argmax(-1) == target[answer], answer))
 
 
 def plain_losses(gpt, batch, draw):
@@ -411,17 +417,11 @@ def plain_losses(gpt, batch, draw):
     of words to recall, answers on the way: the places of a context where `answer` is -1."""
     hidden = gpt.hidden(batch.inputs()[:, :-1])[0]  # (N,L-1,C)
     answer, target = batch.answer[:, 1:], batch.tokens[:, 1:]  # (N,L-1) each
-    before_end = (answer > 0).flip(1).cumsum(1).flip(1) > 0
-    text = (answer == 0) & before_end & (draw(answer.shape[1]) < 0.125)  # as in `losses`
-    means, rights = [], []
-    for where in (answer > 0, text, answer < 0):  # (N,L-1) bool, M places each
-        logits, row = gpt.output(hidden[where]), where.nonzero()[:, 0]  # (M,V), (M,)
-        loss = F.cross_entropy(logits, target[where], reduction="none").float()
-        right = (logits.argmax(-1) == target[where]).float()
-        zeros, count = torch.zeros(len(where), device=loss.device), where.sum(1).clamp(min=1)
-        means.append(zeros.index_add(0, row, loss) / count)
-        rights.append(zeros.index_add(0, row, right) / count)
-    return *means, rights[0]
+    places = answer > 0, text_places(answer, draw), answer < 0  # (N,L-1) bool each, M places
+    logits = [gpt.output(hidden[where]) for where in places]  # (M,V)
+    means = [prompt_mean(F.cross_entropy(x, target[where], reduction="none"), where)
+             for x, where in zip(logits, places)]
+    return *means, prompt_mean(logits[0].argmax(-1) == target[places[0]], places[0])
 
 
 def gradient(gpt, batch, recall, seed, rows, precision):

@@ -22,7 +22,6 @@ import pathlib
 import numpy as np
 import torch
 
-import data
 import evolve
 import model
 import namm
@@ -52,16 +51,11 @@ def settings(folder):
     return dataclasses.replace(config, threshold=-math.inf)
 
 
-def draw(part, tasks, count, seed, length=LENGTH):
-    """`count` prompts of each task, one task after the other, without the line ends after the last
-    answer. seed: [numbers]."""
-    made = [data.prompts(part, [task] * count, np.random.default_rng([*seed, t]), length)
-            for t, task in enumerate(tasks)]
-    tokens = torch.cat([batch.tokens for batch in made])
-    answer = torch.cat([batch.answer for batch in made])
-    end = int(answer.any(0).nonzero().max()) + 1
-    return data.Batch(tokens[:, :end], answer[:, :end], made[0].context,
-                      [task for batch in made for task in batch.tasks])
+def draw(part, config, count, seed, length=LENGTH):
+    """As evolve.every_task, without the line ends after the last answer."""
+    batch = evolve.every_task(part, config, count, seed, length)
+    end = int(batch.answer.any(0).nonzero().max()) + 1
+    return batch.each(lambda x: x[:, :end])
 
 
 def in_bfloat16(gpt):
@@ -83,8 +77,8 @@ def evolved(gpt, parts, config, folder):
     saved = evolve.load(path, {"mean", "std", "vectors", "states"})
     if saved and set(NAMMS) <= set(saved["vectors"]):
         return saved
-    made = recorded.record(gpt, draw(parts["evolve"], TASKS, EVOLVE, [config.seed, 1]))
-    choose = recorded.record(gpt, draw(parts["choose"], TASKS, CHOOSE, [config.seed, 3]))
+    made = recorded.record(gpt, draw(parts["evolve"], config, EVOLVE, [config.seed, 1]))
+    choose = recorded.record(gpt, draw(parts["choose"], config, CHOOSE, [config.seed, 3]))
     if not saved:
         mean, std = recorded.statistics(made)
         begin = {"by_age": recorded.by_age(len(mean)), "namm_fitted": recorded.fit(made, mean, std)}
@@ -198,7 +192,8 @@ def report(gpt, part, found, config, path):
     had = {tuple(row[name] for name in names) for row in rows}
     for tasks, length, count, shares, pool, methods in PARTS:
         for share, task in [(share, task) for share in shares for task in tasks]:
-            batch = draw(part, [task], count, [0, 4, length], length)
+            one = dataclasses.replace(config, tasks=task)
+            batch = draw(part, one, count, [0, 4, length], length)
             for key, own in (((length, 1, False, task), ("full",)),
                              ((length, share, pool, task), methods)):
                 if key in had:

@@ -3,11 +3,7 @@
 import copy
 import dataclasses
 import json
-import os
-import pathlib
 import shutil
-import subprocess
-import sys
 import zlib
 
 import numpy as np
@@ -21,23 +17,7 @@ import namm
 from extras import runs, transfer, video, worlds
 
 torch.set_num_threads(1)
-ROOT = pathlib.Path(__file__).parent.parent
 SMALL = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 16, "head_dim": 8, "n_hidden": 16}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Folder of a finished run, as small as can be."""
-    corpus, out = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("run") / "run"
-    for name in ("namm.py", "model.py", "evolve.py", "data.py", "test_namm.py", "README.md"):
-        shutil.copy(ROOT / name, corpus)
-    options = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--out", out,
-               "--steps", "3", "--generations", "1", "--report_at", "1,2", "--evolve_at", "1,2",
-               "--methods", "namm,full"]
-    done = subprocess.run([sys.executable, "evolve.py", *map(str, options)], cwd=ROOT, text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    return out
 
 
 def noisy(**sizes):

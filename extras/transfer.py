@@ -144,8 +144,10 @@ class Episodes(Target):
         """(A world that nobody has acted in, what acting at random earns there, and the script),
         (N,) each."""
         world = self.world(rng, count, times * self.length)
-        chance = worlds.random_return(copy.deepcopy(world), rng)
-        return world, chance, worlds.script_return(copy.deepcopy(world))
+        scripted = copy.deepcopy(world)
+        chance = worlds.earned(copy.deepcopy(world),
+                               lambda: rng.integers(world.actions, size=count))
+        return world, chance, worlds.earned(scripted, scripted.script)
 
     def sit(self, gpt, exam, config, manage, copies=1, count=None):
         """By roll-outs. The score: was as much earned as the script earns in this episode? And

@@ -202,20 +202,9 @@ def episodes(kind, rng, count, steps, context, skilled=1.0, slips=0.0, share=0.0
     return batch, torch.from_numpy(words), world
 
 
-def random_return(world, rng):
-    """Rewards of a policy that acts at random, summed, (N,)."""
-    total = np.zeros(len(world.at))
-    for _ in range(world.steps):
-        total += world.act(rng.integers(world.actions, size=len(total)))
-    return total
-
-
-def script_return(world):
-    """Rewards of the script, summed, (N,)."""
-    total = np.zeros(len(world.at))
-    for _ in range(world.steps):
-        total += world.act(world.script())
-    return total
+def earned(world, policy):
+    """Rewards of a policy, policy() -> actions (N,), summed, (N,)."""
+    return sum(world.act(policy()) for _ in range(world.steps))
 
 
 # --- Roll-outs -----------------------------------------------------------------------------------
