@@ -6,11 +6,12 @@ the statistics of its own GPT; nothing is fitted to them:
   architecture  a GPT of another depth, width, number and width of heads, on the same text
   video         a GPT that reads clips, patch by patch, and then a question (see video.py)
   maze, control decision transformers that act in a world (see worlds.py)
+  smollm2       a real transformer, as others trained it; only if asked for, since it takes an hour
 
-Each twice: trained as evolve.py trains ("recall"), and as with its --recall 0 ("plain": no holes in
-the cache, no words to recall). Trains them, a few minutes each; evolves a vector on each, to
-compare; prints a table of each, and writes RUN/transfer.json, and RUN/transfer with GPTs and a
-picture.
+The first four twice: trained as evolve.py trains ("recall"), and as with its --recall 0 ("plain":
+no holes in the cache, no words to recall). Trains them, a few minutes each; evolves a vector on
+each, to compare; prints a table of each, and writes RUN/transfer.json, and RUN/transfer with GPTs
+and a picture.
 --frames: draw the clips of the report on your own, (clips, frames, height, width).
 python -m extras.transfer FILE.json ... prints the tables of what was written before.
 """
@@ -30,16 +31,13 @@ import data
 import evolve
 import model
 import namm
-from extras import runs, video, worlds
+from extras import runs, smollm2, video, worlds
 from model import GPT, GPTConfig
 
-LENGTHS, SLOTS = (1, 4, 8), 28  # training lengths, and slots a head there
-SCARCE = (14, 8, 4)  # slots at one of the lengths
 COUNT = 64  # prompts, or episodes, of a report
 FEWER = 16  # the first prompts, which vectors drawn at random are measured on
 RULES = ("streaming", "recent", "h2o+pool", "tova+pool", "snapkv+pool", "recent_attention+pool")
 RECALL = 0.25  # share of the places where a head must recall a word
-HOW = ("recall", "plain")
 
 
 # --- Targets: what a GPT learns, and how it is asked ---------------------------------------------
@@ -48,8 +46,11 @@ class Target:
     """A transformer to be served. What a subclass says: its sizes, training length, steps, tokens
     in a step; lesson(rng, done, recall) -> (Batch, words to recall); prompts(part, rng, count,
     times) -> Batch, of contexts and questions; and what follows. no_skill: no better than this is a
-    GPT that has learned nothing. scarce_at: the length, in training lengths, for SCARCE slots."""
-    lr, no_skill, scarce_at = 1.2e-2, 0.1, 4
+    GPT that has learned nothing. settings: the report's lengths, in training lengths, and slots a
+    head. changes: settings of evolve.py that this target needs. effort: generations of evolution on
+    it, and prompts in each."""
+    lr, no_skill, how, changes, effort = 1.2e-2, 0.1, ("recall", "plain"), {}, (16, 8)
+    settings = ((1, 28), (4, 28), (8, 28), (4, 14), (4, 8), (4, 4))
 
     def exam(self, rng, count, times):
         """What `sit` asks, of `times` the training length."""
@@ -118,7 +119,8 @@ class Video(Target):
 
 class Episodes(Target):
     """Episodes of 128 steps."""
-    steps, tokens, length, scarce_at = 350, 4096, 128, 1  # a roll-out is slow
+    steps, tokens, length = 350, 4096, 128
+    settings = ((1, 28), (4, 28), (8, 28), (1, 14), (1, 8), (1, 4))  # long roll-outs are slow
     sizes = {"n_layer": 2, "n_embd": 48, "head_dim": 24, "n_hidden": 128,
              "n_vector": worlds.N_VECTOR}
 
@@ -172,7 +174,24 @@ class Boat(Episodes):
     world = worlds.Boat
 
 
-TARGETS = {"architecture": Text, "video": Video, "maze": Maze, "control": Boat}
+class SmolLM2(Target):
+    """SmolLM2-135M, and tasks in which facts come back, of 512 of its tokens: 448 to read."""
+    name, length, how, settings = "smollm2", 512, ("as found",), ((1, 224), (1, 112))
+    changes, effort = {"evolve_at": (1,)}, (10, 6)
+
+    def __init__(self, config, parts, n_vocab, frames):
+        made = evolve.prepare(smollm2.settings(config.out))
+        self.parts, self.gpt = made[1], made[2]["gpt"]["gpt"]
+        smollm2.in_bfloat16(self.gpt)
+
+    def prompts(self, part, rng, count, times):
+        """Of the tasks in turn."""
+        tasks = [smollm2.TASKS[i % len(smollm2.TASKS)] for i in range(count)]
+        return data.prompts(self.parts[part], tasks, rng, times * self.length)
+
+
+TARGETS = {"architecture": Text, "video": Video, "maze": Maze, "control": Boat,
+           "smollm2": SmolLM2}
 
 
 # --- A target's GPT, and a vector of its own -----------------------------------------------------
@@ -180,6 +199,8 @@ TARGETS = {"architecture": Text, "video": Video, "maze": Maze, "control": Boat}
 def trained(target, how, folder, config):
     """The target's GPT: that in the folder, or a new one. Raises ValueError for one of other
     sizes."""
+    if how == "as found":
+        return target.gpt
     path, sizes = folder / "gpt.pt", GPTConfig(**target.sizes)
     found = evolve.load(path, {"config", "model"}, config.device)
     if found and GPTConfig(**found["config"]) != sizes:
@@ -220,9 +241,10 @@ def own_statistics(gpt, target, config):
     return namm.mean_std(totals.cpu())
 
 
-def evolved(gpt, target, statistics, folder, config, generations=16, count=8):
+def evolved(gpt, target, statistics, folder, config):
     """A Solution that is evolved on the target itself, as evolve.evolve does, in fewer generations
     of fewer prompts; the folder's, if it has one."""
+    generations, count = target.effort
     path, scale = folder / "evolved.pt", namm.scale(namm.shapes(namm.N_AGE + len(statistics[0])))
     if found := evolve.load(path, {"params"}):
         return evolve.Solution(found["params"], *statistics)
@@ -280,9 +302,7 @@ def report(gpt, target, solutions, config):
     first. A rule keeps as many slots as namm_frozen has; the best pooled rule is tried in the last
     layer first, too."""
     rows, whole = [], {}
-    settings = [(times, SLOTS) for times in LENGTHS]
-    settings += [(target.scarce_at, slots) for slots in SCARCE]
-    bar = tqdm(settings, f"report on {target.name}", disable=None)
+    bar = tqdm(target.settings, f"report on {target.name}", disable=None)
     for times, slots in bar:
         exam = target.exam(np.random.default_rng([config.seed, 30, times]), COUNT, times)
         own, n = dataclasses.replace(config, capacity=slots), times * target.length
@@ -299,7 +319,8 @@ def report(gpt, target, solutions, config):
         for method, solution in solutions.items():
             sit(method, evolve.manager(solution, own))
         if times not in whole:
-            whole[times] = sit("full", None), sit("ntk", None, gpt.scaled(times))
+            full = sit("full", None)
+            whole[times] = full, full if times == 1 else sit("ntk", None, gpt.scaled(times))
         got["full"], got["ntk"] = whole[times]
         share = got["namm_frozen"]["cache"].mean().item()
         for rule in RULES:
@@ -378,7 +399,7 @@ def study(name, how, opened, frames, out):
     target, folder = TARGETS[name](config, parts, encoding.n_vocab, frames), out / f"{name}-{how}"
     gpt = trained(target, how, folder, config)
     sizes = {key: x for key, x in vars(gpt.config).items() if key in evolve.SIZES}
-    config = dataclasses.replace(config, **sizes, length=target.length)
+    config = dataclasses.replace(config, **sizes | target.changes, length=target.length)
     exam = target.exam(np.random.default_rng([config.seed, 29]), COUNT, 1)
     full = target.sit(gpt, exam, config, None)["score"].double().mean().item()
     print(f"{name}, trained {how}: {sum(p.numel() for p in gpt.parameters()):,} weights, the full "
@@ -423,8 +444,9 @@ def main(line):
     opened, out = runs.open_with_encoding(run), pathlib.Path(run) / "transfer"
     path = pathlib.Path(run) / "transfer.json"
     rows = json.loads(path.read_text("utf-8")) if path.exists() else []
-    for how in HOW:
-        for name in targets or TARGETS:
+    targets = targets or [name for name in TARGETS if name != "smollm2"]
+    for how in ("recall", "plain", "as found"):
+        for name in [name for name in targets if how in TARGETS[name].how]:
             new = study(name, how, opened, frames, out)
             rows = [row for row in rows if (row["target"], row["trained"]) != (name, how)] + new
             evolve.save(path, evolve.as_json(rows).replace("}, {", "},\n {"))
