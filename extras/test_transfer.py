@@ -329,7 +329,8 @@ def small(monkeypatch, no_skill=-1.0):
         scarce_at = 2 if kind is transfer.Video else 1
         monkeypatch.setattr(kind, "settings", ((1, 6), (scarce_at, 4)))
         monkeypatch.setattr(kind, "effort", (2, 2))
-    monkeypatch.setattr(transfer.Episodes, "length", 96)
+    monkeypatch.setattr(transfer.Video, "length", 7 * video.PATCHES)
+    monkeypatch.setattr(transfer.Episodes, "length", 64)
     monkeypatch.setattr(transfer, "RULES", ("recent", "tova+pool"))
     monkeypatch.setattr(transfer, "COUNT", 8)
     monkeypatch.setattr(evolve, "RANDOM", 2)
