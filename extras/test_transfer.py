@@ -84,10 +84,11 @@ def test_plain_has_nothing_to_recall(how, monkeypatch, tmp_path):
     monkeypatch.setattr(model, "train", lambda gpt, batches, *more: seen.extend(batches))
     monkeypatch.setattr(transfer.Video, "steps", 4)
     monkeypatch.setattr(transfer.Video, "tokens", 1024)
-    target, config = transfer.Video(None, None, None, ""), evolve.Config(device="cpu")
+    config = evolve.Config(device="cpu", recall=0.0 if how == transfer.AGAIN else 0.25)
+    target = transfer.Video(config, None, None, "")
     transfer.trained(target, how, tmp_path, config)
     assert len(seen) == 4
-    if how == "plain":
+    if how != "recall":
         assert all(words.shape[1] == 0 for _, words, _ in seen)
     else:
         assert (seen[-1][1] >= 0).any() and seen[-1][1].shape[1] == seen[-1][0].tokens.shape[1] - 1
@@ -119,6 +120,31 @@ def test_clips_hold_what_is_asked():
         places = (words[row] >= 0).nonzero()[:, 0].tolist()
         assert len(places) > 50
         assert all(when[int(words[row, at]) - video.GLYPH] < at for at in places)
+
+
+def test_a_commentary_names_what_was_shown_and_will_be_asked():
+    """Without its comments the context is a clip whose facts are in the first frames; each comment
+    is a marker and the glyph beside it, half of the facts come back, and these are asked. Catches:
+    comments before their fact, pairs mixed up, names that carry a patch."""
+    batch, words, kinds = video.clips(np.random.default_rng(0), 4, 28, again=True)
+    n, looks = batch.context, video.bitmaps().reshape(2, video.NAMES, -1)
+    assert words.shape == (4, 0) and n == 28 * 9 + 2 * 9
+    for row in range(4):
+        tokens, vectors = batch.tokens[row].numpy(), batch.vectors[row].numpy()
+        said = np.flatnonzero(tokens[:n] >= video.MARKER)  # names, in pairs
+        assert (np.flatnonzero(kinds[row] == 4) == said).all() and not vectors[said].any()
+        assert (tokens[np.delete(np.arange(n), said)] == np.tile(np.arange(9), 28)).all()
+        assert (np.flatnonzero(batch.answer[row, :n] == -1) == said[1::2]).all()
+        shown = {}
+        for at in np.flatnonzero(kinds[row] == 2):
+            own = [np.flatnonzero((vectors[at + i] == looks[i]).all(1))[0] for i in (0, 1)]
+            shown[video.MARKER + own[0]] = video.GLYPH + own[1]
+            assert at < 11 * 9 < said[0]
+        assert len(shown) == 8
+        pairs = [tuple(pair) for pair in tokens[said].reshape(-1, 2)]
+        asked = [tuple(pair) for pair in tokens[n + 1:].reshape(-1, 2)]
+        assert len(pairs) == 9 and len(set(asked)) == 4 and set(pairs) == set(asked)
+        assert set(asked) <= set(shown.items())
 
 
 def test_patches_and_sprites():
@@ -208,6 +234,23 @@ def test_maze_by_hand():
         action[other.asks() == 2] = 3 + (other.word[:, 2] + 1)[other.asks() == 2] % 16
         other.act(action)
     assert (other.at == 127).all() and not other.passed[:, 2].any()
+
+
+@pytest.mark.parametrize("kind", [worlds.Maze, worlds.Boat])
+def test_marks_that_come_back(kind):
+    """Half of the facts are asked for, each once or more, by their own mark, and who knows all words
+    is paid for each. Catches: a fact that is asked by another's mark, a question that cannot be
+    answered."""
+    world = kind(np.random.default_rng(0), 16, 256, again=True)
+    questions = world.fact.shape[1]
+    assert questions == 16 and world.passed.shape == (16, 16)
+    for row in range(16):
+        assert len(set(world.fact[row])) == 4
+        for q, fact in enumerate(world.fact[row]):
+            pictures = world.pictures[row, world.asked[row, q]:][:kind.wide, 0]
+            assert pictures.sum() == kind.wide and pictures[:, world.mark[row, fact]].all()
+            assert world.shown[row, fact] + 1 < 128 <= world.asked[row, q]
+    assert worlds.earned(world, world.script).sum() >= 0.95 * world.passed.size
 
 
 def test_boat_by_hand():

@@ -9,9 +9,10 @@ the statistics of its own GPT; nothing is fitted to them:
   smollm2       a real transformer, as others trained it; only if asked for, since it takes an hour
 
 The first four twice: trained as evolve.py trains ("recall"), and as with its --recall 0 ("plain":
-no holes in the cache, no words to recall). Trains them, a few minutes each; evolves a vector on
-each, to compare; prints a table of each, and writes RUN/transfer.json, and RUN/transfer with GPTs
-and a picture.
+no holes in the cache, no words to recall). Of a plain run (--preset plain) the vector serves plain
+targets in whose contexts facts come back, as in its own. Trains them, a few minutes each; evolves a
+vector on each, to compare; prints a table of each, and writes RUN/transfer.json, and RUN/transfer
+with GPTs and a picture.
 --frames: draw the clips of the report on your own, (clips, frames, height, width).
 python -m extras.transfer FILE.json ... prints the tables of what was written before.
 """
@@ -36,8 +37,11 @@ from model import GPT, GPTConfig
 
 COUNT = 64  # prompts, or episodes, of a report
 FEWER = 16  # the first prompts, which vectors drawn at random are measured on
-RULES = ("streaming", "recent", "h2o+pool", "tova+pool", "snapkv+pool", "recent_attention+pool")
+RULES = ("streaming", "recent", "recent+lastlayer", "h2o+pool", "h2o+lastlayer", "tova+pool",
+         "tova+lastlayer", "snapkv+pool", "snapkv+lastlayer", "recent_attention+pool",
+         "recent_attention+lastlayer")
 RECALL = 0.25  # share of the places where a head must recall a word
+HOW, AGAIN = ("recall", "plain"), "plain, facts come back"
 
 
 # --- Targets: what a GPT learns, and how it is asked ---------------------------------------------
@@ -49,7 +53,7 @@ class Target:
     GPT that has learned nothing. settings: the report's lengths, in training lengths, and slots a
     head. changes: settings of evolve.py that this target needs. effort: generations of evolution on
     it, and prompts in each."""
-    lr, no_skill, how, changes, effort = 1.2e-2, 0.1, ("recall", "plain"), {}, (16, 8)
+    lr, no_skill, how, changes, effort = 1.2e-2, 0.1, (*HOW, AGAIN), {}, (16, 8)
     settings = ((1, 28), (4, 28), (8, 28), (4, 14), (4, 8), (4, 4))
 
     def exam(self, rng, count, times):
@@ -103,18 +107,21 @@ class Video(Target):
 
     def __init__(self, config, parts, n_vocab, frames):
         self.own = video.load_frames(frames) if frames else None
+        self.again = config.recall == 0
+        self.sizes = self.sizes | {"n_kv_head": config.n_kv_head}
 
     def lesson(self, rng, done, recall):
         """Short clips first."""
         length = length_at(rng, done, self.length)
         share = recall if done >= 0.4 else 0.0
-        return video.clips(rng, self.tokens // length, length // video.PATCHES, share)[:2]
+        return video.clips(rng, self.tokens // length, length // video.PATCHES, share,
+                           again=self.again)[:2]
 
     def prompts(self, part, rng, count, times):
         """Drawn clips, for the report on the user's own if there are."""
         frames = times * self.length // video.PATCHES
         own = self.own if part == "report" else None
-        return video.clips(rng, count, frames, own=own)[0]
+        return video.clips(rng, count, frames, own=own, again=self.again)[0]
 
 
 class Episodes(Target):
@@ -125,27 +132,29 @@ class Episodes(Target):
              "n_vector": worlds.N_VECTOR}
 
     def __init__(self, config, parts, n_vocab, frames):
-        self.name = self.world.name
-        self.sizes = self.sizes | {"vocab_size": self.world.actions + 1}
+        self.name, self.again = self.world.name, config.recall == 0
+        self.sizes = self.sizes | {"vocab_size": self.world.actions + 1,
+                                   "n_kv_head": config.n_kv_head}
 
     def lesson(self, rng, done, recall):
         """Short episodes first; nine of ten without a mistake where asked."""
         steps = length_at(rng, done, self.length)
         share, count = recall if done >= 0.25 else 0.0, self.tokens // steps
-        return worlds.episodes(self.world, rng, count, steps, steps * 7 // 8, 0.9, 0.02, share)[:2]
+        return worlds.episodes(self.world, rng, count, steps, steps * 7 // 8, 0.9, 0.02, share,
+                               self.again)[:2]
 
     def prompts(self, part, rng, count, times):
         """What the script does; asked is what it does in the last 64 steps or more."""
         steps = times * self.length
         context = steps - max(64, steps // 8)
-        batch = worlds.episodes(self.world, rng, count, steps, context)[0]
+        batch = worlds.episodes(self.world, rng, count, steps, context, again=self.again)[0]
         batch.answer[:, :context + 1] = 0  # what is asked before is no question that follows it
         return batch
 
     def exam(self, rng, count, times):
         """(A world that nobody has acted in, what acting at random earns there, and the script),
         (N,) each."""
-        world = self.world(rng, count, times * self.length)
+        world = self.world(rng, count, times * self.length, self.again)
         scripted = copy.deepcopy(world)
         chance = worlds.earned(copy.deepcopy(world),
                                lambda: rng.integers(world.actions, size=count))
@@ -299,8 +308,7 @@ def random_rows(gpt, target, exam, solution, namm_got, config):
 
 def report(gpt, target, solutions, config):
     """Rows of all methods at all lengths and slots. solutions: {method: Solution}, "namm_frozen"
-    first. A rule keeps as many slots as namm_frozen has; the best pooled rule is tried in the last
-    layer first, too."""
+    first. A rule keeps as many slots as namm_frozen has."""
     rows, whole = [], {}
     bar = tqdm(target.settings, f"report on {target.name}", disable=None)
     for times, slots in bar:
@@ -318,17 +326,16 @@ def report(gpt, target, solutions, config):
 
         for method, solution in solutions.items():
             sit(method, evolve.manager(solution, own))
-        if times not in whole:
+        if times in whole:
+            got |= whole[times]
+        else:
             full = sit("full", None)
-            whole[times] = full, full if times == 1 else sit("ntk", None, gpt.scaled(times))
-        got["full"], got["ntk"] = whole[times]
+            got["ntk"] = full if times == 1 else sit("ntk", None, gpt.scaled(times))
+            sit("namm_uncapped", evolve.manager(solutions["namm_frozen"], own, capacity=0))
+            whole[times] = {name: got[name] for name in ("full", "ntk", "namm_uncapped")}
         share = got["namm_frozen"]["cache"].mean().item()
         for rule in RULES:
             sit(rule, evolve.managed(rule, None, evolve.slots_of(share, n, own), own))
-        best = max((rule for rule in RULES if "+pool" in rule and "h2o" not in rule),
-                   key=lambda rule: got[rule]["score"].mean())
-        best = best.replace("+pool", "+lastlayer")
-        sit(best, evolve.managed(best, None, evolve.slots_of(share, n, own), own))
         new = [row_of(method, x, got["namm_frozen"], own) for method, x in got.items()]
         new += random_rows(gpt, target, exam, solutions["namm_frozen"], got["namm_frozen"], own)
         rows += [row | {"length": times * target.length, "slots": slots} for row in new]
@@ -342,14 +349,15 @@ def what_is_kept(gpt, target, solution, folder, config):
     for times, count in counts.items():
         rng = np.random.default_rng([config.seed, 31, times])
         frames = times * target.length // video.PATCHES
-        batch, _, kinds = video.clips(rng, count, frames, own=target.own)
+        batch, _, kinds = video.clips(rng, count, frames, own=target.own, again=target.again)
         fate = evolve.watch(gpt, solution, batch.each(lambda x: x.to(config.device)), config)
         lives = [own["lives"].cpu().numpy() for own in fate]  # (N,K,n) of each layer
         if count == 1:
             title = f"What NAMM keeps of {frames} frames, in the last layer"
-            n = batch.context
+            drawn = kinds[0] != video.KINDS.index("comment")
+            vectors = batch.vectors[0, :batch.context].numpy()
             evolve.save(folder / "kept.svg", video.picture(
-                batch.vectors[0, :n].numpy(), lives[-1][0, 0], kinds[0], title))
+                vectors[drawn], lives[-1][0, 0][drawn], kinds[0][drawn], title))
     for layer, own in enumerate(lives):
         found = video.kept_by_kind(own, kinds)
         lines.append([f"layer {layer}", *(f"{kept:.1%}" for _, kept in found.values())])
@@ -445,7 +453,8 @@ def main(line):
     path = pathlib.Path(run) / "transfer.json"
     rows = json.loads(path.read_text("utf-8")) if path.exists() else []
     targets = targets or [name for name in TARGETS if name != "smollm2"]
-    for how in ("recall", "plain", "as found"):
+    plain = opened[0].recall == 0
+    for how in ("as found", AGAIN) if plain else ("as found", *HOW):
         for name in [name for name in targets if how in TARGETS[name].how]:
             new = study(name, how, opened, frames, out)
             rows = [row for row in rows if (row["target"], row["trained"]) != (name, how)] + new

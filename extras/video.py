@@ -3,8 +3,8 @@
 A frame is 24 x 24 grey pixels, 9 tokens: a token's number says which patch of the frame it is, its
 vector holds the patch's 8 x 8 pixels. Over a texture that hardly changes two squares bounce. In
 some frames, one frame each, a marker and beside it a glyph: a fact. Then text is asked: a marker's
-name; the answer is the name of the glyph that was beside it. Letters: N clips, M frames of each, R
-facts in each.
+name; the answer is the name of the glyph that was beside it. A commentary may name both on the way.
+Letters: N clips, M frames of each, R facts in each.
 """
 
 import base64
@@ -23,7 +23,7 @@ NAMES = 16  # markers, and as many glyphs
 MARKER, GLYPH, ASK = PATCHES, PATCHES + NAMES, PATCHES + 2 * NAMES  # where their numbers start
 VOCABULARY = ASK + 1
 MOST = 8  # facts in a clip
-KINDS = ("background", "sprite", "marker", "glyph")
+KINDS = ("background", "sprite", "marker", "glyph", "comment")
 
 
 def bitmaps():
@@ -100,37 +100,64 @@ def in_patches(pixels):
 
 # --- Prompts -------------------------------------------------------------------------------------
 
-def clips(rng, count, frames, share=0.0, own=None):
+def clips(rng, count, frames, share=0.0, own=None, again=False):
     """(Batch, words to recall (N,L-1), kinds (N,n)) of drawn clips. kinds: of each token of the
     context, a place in KINDS. Words to recall: at a `share` of the places where no fact stands, the
-    name of any glyph seen before. own: a user's clips, from `load_frames`."""
-    facts = max(1, min(MOST, frames * 2 // 7))
+    name of any glyph seen before. own: a user's clips, from `load_frames`. again: facts are shown
+    in the first two fifths of the frames; half of them come back in a commentary, see `commented`,
+    and are asked for; no words to recall."""
+    early = max(1, frames * 2 // 5) if again else frames
+    facts = max(1, min(MOST, early * 4 // 5 if again else frames * 2 // 7))
+    asked = (facts + 1) // 2 if again else facts
     pixels = background(rng, count, frames, own).copy()
     sprites = in_patches(add_sprites(rng, pixels)).any(2)  # (N,n)
     vectors, n = in_patches(pixels), frames * PATCHES
     kinds = sprites.astype(int)
-    tokens = np.full((count, n + 1 + 2 * facts), ASK)
+    tokens = np.full((count, n + 1 + 2 * asked), ASK)
     tokens[:, :n] = np.arange(n) % PATCHES
     answer, words = np.zeros_like(tokens), np.full((count, tokens.shape[1] - 1), -1)
     looks = bitmaps().reshape(2, NAMES, N_VECTOR)
     for row in range(count):
-        frame = np.sort(rng.choice(frames, facts, replace=False))
+        frame = np.sort(rng.choice(early, facts, replace=False))
         where = 3 * rng.integers(3, size=facts) + rng.integers(2, size=facts)
         at = frame * PATCHES + where  # (R,) of the marker; the glyph is the next patch
         marker, glyph = (rng.choice(NAMES, facts, replace=False) for _ in range(2))
         vectors[row, at], vectors[row, at + 1] = looks[0, marker], looks[1, glyph]
         kinds[row, at], kinds[row, at + 1] = 2, 3
-        order = rng.permutation(facts)
+        order = rng.permutation(facts)[:asked]
         tokens[row, n + 1::2], tokens[row, n + 2::2] = MARKER + marker[order], GLYPH + glyph[order]
-        answer[row, n + 2::2] = 1 + np.arange(facts)
+        answer[row, n + 2::2] = 1 + np.arange(asked)
         places = np.flatnonzero((rng.random(n) < share) & (kinds[row] < 2))
         before = np.searchsorted(at + 1, places)  # how many glyphs were seen by then
         places, before = places[before > 0], before[before > 0]
         words[row, places] = GLYPH + glyph[(rng.random(len(places)) * before).astype(int)]
-    vectors = np.concatenate([vectors, np.zeros((count, 1 + 2 * facts, N_VECTOR), np.float32)], 1)
+    vectors = np.concatenate([vectors, np.zeros((count, 1 + 2 * asked, N_VECTOR), np.float32)], 1)
+    if again:
+        tokens, answer, vectors, kinds = commented(rng, early, tokens, answer, vectors, kinds)
+        n, words = kinds.shape[1], np.zeros((count, 0))
     batch = Batch(torch.from_numpy(tokens), torch.from_numpy(answer), n, ["video"] * count,
                   torch.from_numpy(vectors))
     return batch, torch.from_numpy(words), kinds
+
+
+def commented(rng, early, *made):
+    """tokens, answer (N,L), vectors (N,L,64), kinds (N,n) with comments between frames that follow
+    the first `early`: the names of a marker and of its glyph, of facts that will be asked for. Each
+    comes once, then some often, some rarely, by Zipf's law, M / 3 in all. The names of glyphs are
+    answers on the way, -1."""
+    frames, done = made[3].shape[1] // PATCHES, []
+    for tokens, answer, vectors, kinds in zip(*made):
+        pairs = rng.permutation(tokens[len(kinds) + 1:].reshape(-1, 2))  # of marker and glyph
+        zipf = 1 / np.arange(1, len(pairs) + 1)
+        more = rng.choice(len(pairs), max(0, frames // 3 - len(pairs)), p=zipf / zipf.sum())
+        told = pairs[rng.permutation([*range(len(pairs)), *more])]  # (comments,2)
+        after = 1 + np.sort(rng.integers(min(early, frames - 1), frames, len(told)))  # frames
+        at = PATCHES * after.repeat(2)
+        done.append((np.insert(tokens, at, told.ravel()),
+                     np.insert(answer, at, [0, -1] * len(told)),
+                     np.insert(vectors, at, 0, axis=0),
+                     np.insert(kinds, at, KINDS.index("comment"))))
+    return map(np.stack, zip(*done))
 
 
 # --- What is kept --------------------------------------------------------------------------------
@@ -167,7 +194,7 @@ def picture(vectors, lives, kinds, title, across=14):
     step, lines = SIDE + 3, -(-frames // across)
     sheet = np.full((lines * step, across * step), 255, np.uint8)
     colours = {"background": "#888888", "sprite": "#1f77b4", "marker": "#ff7f0e",
-               "glyph": "#d62728"}
+               "glyph": "#d62728", "comment": "#2ca02c"}
     marks = []
     for frame in range(frames):
         down, right = frame // across * step, frame % across * step

@@ -30,32 +30,45 @@ class World:
     wide = 1  # steps that a mark asks for
     spare = 0.0  # share of the second half in which nothing is asked, at the end
 
-    def __init__(self, rng, count, steps):
-        """Scatter the facts: shown (N,R) and asked (N,R), steps; mark and word (N,R), numbers."""
+    def __init__(self, rng, count, steps, again=False):
+        """Scatter the facts: shown (N,R) and asked (N,Q), steps; mark and word (N,R), numbers; fact
+        (N,Q), which is asked. Each is asked once; or, `again`, half of them: each once, then some
+        often, some rarely, by Zipf's law."""
         facts, half = min(MOST, steps // 16), steps // 2
         draw = lambda n, k: np.argsort(rng.random((count, n)), axis=1)[:, :k]  # k of n, (N,k)
         self.steps, self.rows = steps, np.arange(count)
         self.shown = 2 * draw(half // 2, facts)
         # a cell holds an asking mark, and as many steps before or after it
         cells = int(half * (1 - self.spare)) // (2 * self.wide)
+        questions = min(cells, 2 * facts) if again else facts
         last = np.full((count, 1), cells - 1)  # the last cell always asks
-        cell = np.concatenate([draw(cells - 1, facts - 1), last], axis=1)
+        cell = np.concatenate([draw(cells - 1, questions - 1), last], axis=1)
         self.asked = half + self.wide * (2 * cell + rng.integers(2, size=cell.shape))
         self.mark, self.word = draw(W, facts), draw(W, facts)
+        self.fact = np.arange(questions)[None].repeat(count, 0) % facts
+        if again:
+            often = (facts + 1) // 2
+            zipf = 1 / np.arange(1, often + 1)
+            more = rng.choice(often, (count, questions - often), p=zipf / zipf.sum())
+            self.fact[:, often:] = more
+            self.fact = rng.permuted(self.fact, axis=1)
         self.pictures = np.zeros((count, steps, 2, W), np.float32)  # of marks, of words
         # which fact a place asks for, and which fact's word it shows, -1 for none
         self.question, self.told = np.full((2, count, steps), -1)
+        own = self.rows
         for fact in range(facts):
-            at, own = self.shown[:, fact], self.rows
+            at = self.shown[:, fact]
             self.pictures[own, at, 0, self.mark[:, fact]] = 1
             self.pictures[own, at + 1, 1, self.word[:, fact]] = 1
             self.told[own, at + 1] = fact
-            for later in range(self.wide):
-                self.pictures[own, self.asked[:, fact] + later, 0, self.mark[:, fact]] = 1
-                self.question[own, self.asked[:, fact] + later] = fact
+        for q in range(questions):
+            mark = self.mark[own, self.fact[:, q]]
+            for at in range(self.wide):
+                self.pictures[own, self.asked[:, q] + at, 0, mark] = 1
+                self.question[own, self.asked[:, q] + at] = q
         self.noise = rng.standard_normal((count, steps, SENSES)).astype(np.float32)
         self.at = np.zeros(count, int)  # the step of each episode, or its place
-        self.passed = np.zeros((count, facts), bool)  # what earned a reward
+        self.passed = np.zeros((count, questions), bool)  # what earned a reward
 
     def repeated(self, times, count=None):
         """The first `count` episodes `times` times, one below the other."""
@@ -73,8 +86,12 @@ class World:
         return np.concatenate([to_come, pictures, self.senses(place)], axis=1, dtype=np.float32)
 
     def asks(self):
-        """The fact that each episode's step asks for, (N,), -1 for none."""
+        """The question that each episode's step asks, (N,), -1 for none."""
         return self.question[self.rows, self.at.clip(max=self.steps - 1)]
+
+    def answer(self, question):
+        """The word that answers a question (N,), (N,)."""
+        return self.word[self.rows, self.fact[self.rows, question]]
 
 
 class Maze(World):
@@ -83,8 +100,8 @@ class Maze(World):
     name, actions, free = "maze", 3 + W, 3  # on, left, right; handles
     spare = 0.125  # who has lost some steps still comes to the last door
 
-    def __init__(self, rng, count, steps):
-        super().__init__(rng, count, steps)
+    def __init__(self, rng, count, steps, again=False):
+        super().__init__(rng, count, steps, again)
         self.bend = rng.choice(3, (count, steps), p=(0.6, 0.2, 0.2))  # (N,L)
 
     def senses(self, place):
@@ -96,7 +113,7 @@ class Maze(World):
     def script(self):
         """The best actions, (N,)."""
         place, fact = self.at.clip(max=self.steps - 1), self.asks()
-        return np.where(fact < 0, self.bend[self.rows, place], 3 + self.word[self.rows, fact])
+        return np.where(fact < 0, self.bend[self.rows, place], 3 + self.answer(fact))
 
     def act(self, action):
         """Act (N,). Returns the reward, (N,)."""
@@ -115,8 +132,8 @@ class Boat(World):
     forces = np.linspace(-2, 2, 33)
     currents = np.concatenate([np.linspace(-2, -0.5, W // 2), np.linspace(0.5, 2, W // 2)])
 
-    def __init__(self, rng, count, steps):
-        super().__init__(rng, count, steps)
+    def __init__(self, rng, count, steps, again=False):
+        super().__init__(rng, count, steps, again)
         self.x, self.v = 0.2 * rng.standard_normal((2, count))
 
     def senses(self, place):
@@ -128,7 +145,7 @@ class Boat(World):
     def script(self):
         """The best actions, (N,): in the fog against the current, else back to the middle."""
         fact = self.asks()
-        against = -self.currents[self.word[self.rows, fact]]
+        against = -self.currents[self.answer(fact)]
         force = np.where(fact < 0, -0.8 * self.x - 1.2 * self.v, against)
         return np.abs(force[:, None] - self.forces).argmin(1)
 
@@ -136,7 +153,7 @@ class Boat(World):
         """Half a second under the force of action (N,). Returns the reward, (N,)."""
         fact = self.asks()
         gust = 0.2 * self.noise[self.rows, self.at, SENSES - 1]
-        blows = np.where(fact < 0, gust, self.currents[self.word[self.rows, fact]])
+        blows = np.where(fact < 0, gust, self.currents[self.answer(fact)])
         self.v = np.clip(self.v + 0.5 * (self.forces[action] + blows), -2, 2)
         self.x = np.clip(self.x + 0.5 * self.v, -3, 3)
         self.at += 1
@@ -179,12 +196,13 @@ def asked_actions(world):
     return np.abs(-world.currents[:, None] - world.forces).argmin(1)
 
 
-def episodes(kind, rng, count, steps, context, skilled=1.0, slips=0.0, share=0.0):
+def episodes(kind, rng, count, steps, context, skilled=1.0, slips=0.0, share=0.0,
+             again=False):
     """(Batch, words to recall (N,L), the world) of scripted episodes, a share `skilled` of them
     without a mistake where asked. The answers are the asked actions. Words to recall: at a `share`
     of the places of the context that show no mark, that of the newest fact, or of any shown by
     then: what was shown at the end of a block must draw attention at once."""
-    world, actions = kind(rng, count, steps), asked_actions(kind)
+    world, actions = kind(rng, count, steps, again), asked_actions(kind)
     skill = np.where(rng.random(count) < skilled, 1.0, 0.5)
     tokens, vectors, asked, told = scripted(world, rng, skill, slips)
     answer, words = np.zeros_like(tokens), np.full((count, steps), -1)
