@@ -84,7 +84,7 @@ def test_plain_has_nothing_to_recall(how, monkeypatch, tmp_path):
     monkeypatch.setattr(model, "train", lambda gpt, batches, *more: seen.extend(batches))
     monkeypatch.setattr(transfer.Video, "steps", 4)
     monkeypatch.setattr(transfer.Video, "tokens", 1024)
-    config = evolve.Config(device="cpu", recall=0.0 if how == transfer.AGAIN else 0.25)
+    config = evolve.Config(device="cpu", recall=0.25 * (how != "plain"))
     target = transfer.Video(config, None, None, "")
     transfer.trained(target, how, tmp_path, config)
     assert len(seen) == 4
@@ -238,9 +238,9 @@ def test_maze_by_hand():
 
 @pytest.mark.parametrize("kind", [worlds.Maze, worlds.Boat])
 def test_marks_that_come_back(kind):
-    """Half of the facts are asked for, each once or more, by their own mark, and who knows all words
-    is paid for each. Catches: a fact that is asked by another's mark, a question that cannot be
-    answered."""
+    """Half of the facts are asked for, each once or more, by their own mark; the script, which knows
+    all words, is paid for nearly all. Catches: a question with another fact's mark, a question that
+    cannot be answered."""
     world = kind(np.random.default_rng(0), 16, 256, again=True)
     questions = world.fact.shape[1]
     assert questions == 16 and world.passed.shape == (16, 16)
@@ -387,7 +387,7 @@ def test_smoke(finished, monkeypatch, capsys, tmp_path):
     small(monkeypatch)
     monkeypatch.delitem(transfer.TARGETS, "control")
     for kind in transfer.TARGETS.values():
-        monkeypatch.setattr(kind, "how", ("plain",))
+        monkeypatch.setattr(kind, "how", ("plain_once",))
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     np.save(tmp_path / "own.npy", np.random.default_rng(0).random((2, 9, 24, 24)))
@@ -395,14 +395,14 @@ def test_smoke(finished, monkeypatch, capsys, tmp_path):
     transfer.main(line)
     rows = json.loads((run / "transfer.json").read_text())
     named = {(row["target"], row["trained"]) for row in rows}
-    assert named == {(name, "plain") for name in transfer.TARGETS}
+    assert named == {(name, "plain_once") for name in transfer.TARGETS}
     for name, how in named:
         for slots in (6, 4):
             own = [row["method"] for row in rows if row["slots"] == slots
                    and (row["target"], row["trained"]) == (name, how)]
             assert len(own) == len(set(own)) == 3 + 2 + len(transfer.RULES) + 1 + 2
     assert all(0 <= row["score"] <= 1 and 0 < row["cache"] <= 1 for row in rows)
-    assert (run / "transfer" / "video-plain" / "kept.svg").exists()
+    assert (run / "transfer" / "video-plain_once" / "kept.svg").exists()
     monkeypatch.setattr(model, "train", None)
     monkeypatch.setattr(evolve.CMAES, "tell", None)
     transfer.main([*line, "maze"])
@@ -410,7 +410,7 @@ def test_smoke(finished, monkeypatch, capsys, tmp_path):
     key = lambda row: tuple(map(str, (row["target"], row["trained"], row["slots"], row["method"])))
     assert sorted(again, key=key) == sorted(rows, key=key)
     transfer.main([str(run / "transfer.json")])
-    assert "### maze, trained plain" in capsys.readouterr().out
+    assert "### maze, trained plain_once" in capsys.readouterr().out
 
 
 def refused(line):

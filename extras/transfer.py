@@ -8,11 +8,11 @@ the statistics of its own GPT; nothing is fitted to them:
   maze, control decision transformers that act in a world (see worlds.py)
   smollm2       a real transformer, as others trained it; only if asked for, since it takes an hour
 
-The first four twice: trained as evolve.py trains ("recall"), and as with its --recall 0 ("plain":
-no holes in the cache, no words to recall). Of a plain run (--preset plain) the vector serves plain
-targets in whose contexts facts come back, as in its own. Trains them, a few minutes each; evolves a
-vector on each, to compare; prints a table of each, and writes RUN/transfer.json, and RUN/transfer
-with GPTs and a picture.
+The first four are trained for it, as the run's own GPT was: with words to recall and holes in the
+cache ("recall"); or, of a plain run (--preset plain), without either, on contexts in which facts
+come back ("plain"). A run with recall serves "plain_once", too: without either, a fact told once.
+Trains them, a few minutes each; evolves a vector on each, to compare; prints a table of each, and
+writes RUN/transfer.json, and RUN/transfer with GPTs and a picture.
 --frames: draw the clips of the report on your own, (clips, frames, height, width).
 python -m extras.transfer FILE.json ... prints the tables of what was written before.
 """
@@ -37,11 +37,10 @@ from model import GPT, GPTConfig
 
 COUNT = 64  # prompts, or episodes, of a report
 FEWER = 16  # the first prompts, which vectors drawn at random are measured on
-RULES = ("streaming", "recent", "recent+lastlayer", "h2o+pool", "h2o+lastlayer", "tova+pool",
-         "tova+lastlayer", "snapkv+pool", "snapkv+lastlayer", "recent_attention+pool",
-         "recent_attention+lastlayer")
+RULES = ("streaming", "recent", "recent+lastlayer", "h2o+pool", "tova+pool", "tova+lastlayer",
+         "snapkv+pool", "recent_attention+pool", "recent_attention+lastlayer")
 RECALL = 0.25  # share of the places where a head must recall a word
-HOW, AGAIN = ("recall", "plain"), "plain, facts come back"
+HOW = ("recall", "plain", "plain_once", "as_found")  # how a target was trained
 
 
 # --- Targets: what a GPT learns, and how it is asked ---------------------------------------------
@@ -53,7 +52,7 @@ class Target:
     GPT that has learned nothing. settings: the report's lengths, in training lengths, and slots a
     head. changes: settings of evolve.py that this target needs. effort: generations of evolution on
     it, and prompts in each."""
-    lr, no_skill, how, changes, effort = 1.2e-2, 0.1, (*HOW, AGAIN), {}, (16, 8)
+    lr, no_skill, how, changes, effort = 1.2e-2, 0.1, HOW[:3], {}, (16, 8)
     settings = ((1, 28), (4, 28), (8, 28), (4, 14), (4, 8), (4, 4))
 
     def exam(self, rng, count, times):
@@ -185,7 +184,7 @@ class Boat(Episodes):
 
 class SmolLM2(Target):
     """SmolLM2-135M, and tasks in which facts come back, of 512 of its tokens: 448 to read."""
-    name, length, how, settings = "smollm2", 512, ("as found",), ((1, 224), (1, 112))
+    name, length, how, settings = "smollm2", 512, ("as_found",), ((1, 224), (1, 112))
     changes, effort = {"evolve_at": (1,)}, (10, 6)
 
     def __init__(self, config, parts, n_vocab, frames):
@@ -208,7 +207,7 @@ TARGETS = {"architecture": Text, "video": Video, "maze": Maze, "control": Boat,
 def trained(target, how, folder, config):
     """The target's GPT: that in the folder, or a new one. Raises ValueError for one of other
     sizes."""
-    if how == "as found":
+    if how == "as_found":
         return target.gpt
     path, sizes = folder / "gpt.pt", GPTConfig(**target.sizes)
     found = evolve.load(path, {"config", "model"}, config.device)
@@ -306,11 +305,13 @@ def random_rows(gpt, target, exam, solution, namm_got, config):
                    config)]
 
 
-def report(gpt, target, solutions, config):
+def report(gpt, target, how, solutions, config):
     """Rows of all methods at all lengths and slots. solutions: {method: Solution}, "namm_frozen"
-    first. A rule keeps as many slots as namm_frozen has."""
+    first. A rule keeps as many slots as namm_frozen has. Where even 28 slots serve nobody, in
+    plain_once, no fewer are tried."""
     rows, whole = [], {}
-    bar = tqdm(target.settings, f"report on {target.name}", disable=None)
+    settings = target.settings[:3] if how == "plain_once" else target.settings
+    bar = tqdm(settings, f"report on {target.name}", disable=None)
     for times, slots in bar:
         exam = target.exam(np.random.default_rng([config.seed, 30, times]), COUNT, times)
         own, n = dataclasses.replace(config, capacity=slots), times * target.length
@@ -385,6 +386,35 @@ def tables(rows):
     return "\n".join(text)
 
 
+def overview(rows):
+    """Markdown, one table, a line for each target, length and number of slots: means over seeds,
+    and NAMM's leads over the full cache and over the best rules."""
+    lines, settings = [], {}
+    for row in rows:
+        key = row["target"], row["trained"], row["length"], row["slots"]
+        settings.setdefault(key, {}).setdefault(row["method"], []).append(row)
+    for (name, how, length, slots), own in settings.items():
+        def shown(method):
+            """What a method got."""
+            return cell(own[method]) if method in own else ""
+
+        def best(rules):
+            """The best of some rules, and what it got."""
+            rule = max(rules, key=lambda rule: np.mean([row["score"] for row in own[rule]]))
+            return f"{rule} {cell(own[rule])}"
+
+        seeds, score = len(own["namm_frozen"]), lambda name: shown(name).split(" (")[0]
+        lines.append([f"{name}, {how} ({seeds})", f"{length}, {slots}", shown("full"), score("ntk"),
+                      f"**{shown('namm_frozen')}**", shown("namm_uncapped"),
+                      score("namm_own_statistics"), score("namm_evolved"),
+                      best([rule for rule in RULES if "+pool" in rule]), best(RULES),
+                      f"{score('random_vectors')} / {score('random_vectors_best')}"])
+    head = ["target (seeds)", "tokens, slots", "full", "NTK", "NAMM, frozen (cache)", "uncapped",
+            "own statistics", "evolved there", "best pooled rule", "best rule",
+            "random vectors, mean / best"]
+    return runs.markdown("NAMM elsewhere", head, lines)
+
+
 def cell(rows):
     """The score of rows that are seeds of one thing, and NAMM's lead: text."""
     score, lead, cache = (np.mean([row[name] for row in rows]) for name in
@@ -392,7 +422,7 @@ def cell(rows):
     text = f"{score:.3f}"
     if "return" in rows[0]:
         text += f", return {np.mean([row['return'] for row in rows]):.0f}"
-    if rows[0]["method"] == "namm_frozen":
+    if rows[0]["method"] in ("namm_frozen", "namm_uncapped"):
         return f"{text} ({cache:.1%})"
     half = 1.96 * math.sqrt(sum(row["lead_se"] ** 2 for row in rows)) / len(rows)
     return f"{text} ({lead:+.3f} ± {half:.3f})"
@@ -419,7 +449,7 @@ def study(name, how, opened, frames, out):
     solutions = {"namm_frozen": solution,
                  "namm_own_statistics": evolve.Solution(solution.params, *statistics),
                  "namm_evolved": evolved(gpt, target, statistics, folder, config)}
-    rows = report(gpt, target, solutions, config)
+    rows = report(gpt, target, how, solutions, config)
     if name == "video":
         print(what_is_kept(gpt, target, solution, folder, config), flush=True)
     return [{"target": name, "trained": how} | row for row in rows]
@@ -446,15 +476,16 @@ def main(line):
     run, targets, frames = parse(line)
     if run.endswith(".json"):
         files = [pathlib.Path(path) for path in (run, *targets)]
-        return print(tables([row for file in files for row in json.loads(file.read_text("utf-8"))]))
+        rows = [row for file in files for row in json.loads(file.read_text("utf-8"))]
+        return print(overview(rows), tables(rows), sep="\n")
     if frames:
         video.load_frames(frames)  # what is wrong with them is said before the work begins
     opened, out = runs.open_with_encoding(run), pathlib.Path(run) / "transfer"
     path = pathlib.Path(run) / "transfer.json"
     rows = json.loads(path.read_text("utf-8")) if path.exists() else []
     targets = targets or [name for name in TARGETS if name != "smollm2"]
-    plain = opened[0].recall == 0
-    for how in ("as found", AGAIN) if plain else ("as found", *HOW):
+    served = ("recall", "plain_once", "as_found") if opened[0].recall else ("plain", "as_found")
+    for how in served:
         for name in [name for name in targets if how in TARGETS[name].how]:
             new = study(name, how, opened, frames, out)
             rows = [row for row in rows if (row["target"], row["trained"]) != (name, how)] + new
