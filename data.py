@@ -37,46 +37,39 @@ WORDS = {"values": 0.25, "evolve": 0.25, "choose": 0.10, "report": 0.25}  # to t
 # --- 1. Documents --------------------------------------------------------------------------------
 
 def documents(corpus=None):
-    """The texts to learn from, [str]: Python's language reference, a document a topic, and its
-    standard library; or a file, or all SUFFIXES files under a folder. Raises ValueError, with a
-    line for the user, when there is nothing to read."""
+    """The texts to learn from, [str]: the file `corpus`, or all SUFFIXES files of the folder; or,
+    for None, Python's language reference and its standard library. Raises ValueError, with a line
+    for the user, when there is no text to read."""
     if corpus is None:
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-        skip = {"site-packages", "dist-packages", "pydoc_data", "__pycache__"}
-        files = sorted(f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
-        topics = list(pydoc_data.topics.topics.values())
-        return topics + [f.read_text("utf-8", "replace") for f in files]
-    path = pathlib.Path(corpus)
-    if not path.exists():
-        raise ValueError(f"--corpus {corpus}: no such file or folder")
-    files = files_under(path) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"--corpus {corpus}: the folder holds no {', '.join(SUFFIXES)} file")
-    texts = []
-    for file in files:
+        skip = {"site-packages", "dist-packages", "pydoc_data"}
+        files = [f for f in root.rglob("*.py") if skip.isdisjoint(f.relative_to(root).parts)]
+        texts = [f.read_text("utf-8", "replace") for f in files]
+        return texts + list(pydoc_data.topics.topics.values())
+    path, texts = pathlib.Path(corpus), []
+    for file in files_under(path) if path.is_dir() else [path]:
         try:
             texts.append(file.read_text("utf-8"))
         except (UnicodeDecodeError, OSError) as error:
-            kind = type(error).__name__
-            raise ValueError(f"--corpus {file}: not readable as UTF-8 text ({kind})") from None
+            raise ValueError(f"--corpus {file}: not readable as UTF-8 text ({error})") from None
         if "\0" in texts[-1]:
             raise ValueError(f"--corpus {file}: binary, not text")
     if not any(text.strip() for text in texts):
-        raise ValueError(f"--corpus {corpus}: empty")
+        raise ValueError(f"--corpus {corpus}: empty, or no {', '.join(SUFFIXES)} file in it")
     return texts
 
 
 def files_under(folder):
-    """The SUFFIXES files of a folder and all below it, sorted; linked folders too, each once."""
+    """The SUFFIXES files of a folder and of all folders below it, linked ones too, each once."""
     found, entered = [], set()
     for where, below, names in os.walk(folder, followlinks=True):
         if os.path.realpath(where) in entered:
             below.clear()  # a link in a circle
             continue
         entered.add(os.path.realpath(where))
-        paths = [pathlib.Path(where, name) for name in names]
-        found += [f for f in paths if f.suffix.lower() in SUFFIXES and f.is_file()]
-    return sorted(found)
+        files = [pathlib.Path(where, name) for name in names]
+        found += [f for f in files if f.suffix.lower() in SUFFIXES and f.is_file()]
+    return found
 
 
 def cut(text, most):
@@ -134,50 +127,49 @@ def learn_bpe(text, vocab_size):
     are kept up to date, and the largest comes from a heap: a merge costs what it changes."""
     words = collections.Counter(re.findall(PATTERN, text))
     pieces = [[bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in words]
-    counts = list(words.values())
+    counts, heap, changed = list(words.values()), [], set()
     pairs, where = collections.Counter(), collections.defaultdict(set)  # its count, its words
-    for i, piece in enumerate(pieces):
-        for pair in zip(piece, piece[1:]):
-            pairs[pair] += counts[i]
+
+    def add(i, times):
+        """Count the pairs of word i, `times` each."""
+        for pair in zip(pieces[i], pieces[i][1:]):
+            pairs[pair] += times
             where[pair].add(i)
-    heap = [(-count, pair) for pair, count in pairs.items()]
-    heapq.heapify(heap)
+            changed.add(pair)
+
+    for i, count in enumerate(counts):
+        add(i, count)
     ranks = {bytes([byte]): byte for byte in range(256)} | {b" %d" % i: 256 + i for i in range(10)}
-    while len(ranks) < vocab_size and heap:
+    while len(ranks) < vocab_size and (changed or heap):
+        for pair in changed:
+            heapq.heappush(heap, (-pairs[pair], pair))
+        changed.clear()
         count, best = heapq.heappop(heap)
         if count == 0 or pairs[best] != -count:  # it has changed since
             continue
-        merged, changed = best[0] + best[1], set()
+        merged = best[0] + best[1]
         ranks.setdefault(merged, len(ranks))
         for i in where.pop(best):
-            old, new = pieces[i], []
-            for token in old:  # greedy, left to right
+            add(i, -counts[i])
+            new = []
+            for token in pieces[i]:  # greedy, left to right
                 if new and (new[-1], token) == best:
                     new[-1] = merged
                 else:
                     new.append(token)
-            for pair in zip(old, old[1:]):
-                pairs[pair] -= counts[i]
-                changed.add(pair)
-            for pair in zip(new, new[1:]):
-                pairs[pair] += counts[i]
-                changed.add(pair)
-                where[pair].add(i)
             pieces[i] = new
-        for pair in changed:
-            heapq.heappush(heap, (-pairs[pair], pair))
+            add(i, counts[i])
     return ranks
 
 
 def tokenizer(vocab_size, path, texts):
     """A tiktoken.Encoding of the ranks in the file `path` (see ranks_file), or, without it, of
     `vocab_size` tokens learned from `texts`. Raises ValueError for another kind of file."""
-    path, ranks = pathlib.Path(path), {}
+    path = pathlib.Path(path)
     if path.exists():
         try:
-            for line in path.read_text("utf-8").splitlines():
-                token, rank = line.split()
-                ranks[base64.b64decode(token)] = int(rank)
+            lines = [line.split() for line in path.read_text("utf-8").splitlines()]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         except ValueError:
             raise ValueError(f"{path}: damaged, or not a file of this program; take that of the "
                              "run it belongs to") from None
