@@ -210,6 +210,15 @@ class Part:
             start = (start + n) % last
         return self.tokens[start:start + n]
 
+    def fill(self, text, *gaps):
+        """`text` as tokens, each {} in it filled with a token or a list of tokens:
+        fill("note{}{}\\n", key, value)."""
+        first, *others = [self.encode(piece) for piece in text.split("{}")]
+        tokens = list(first)
+        for gap, piece in zip(gaps, others):
+            tokens += (gap if isinstance(gap, list) else [gap]) + piece
+        return tokens
+
     def pick(self, rng, count):
         """`count` different words of this part, as tokens."""
         return rng.choice(self.words, count, replace=False).tolist()
@@ -256,27 +265,24 @@ def make_parts(texts, encoding, longest, words=None):
     now. Raises ValueError when a part is too short for prompts of `longest` tokens."""
     streams = {}
     for name, own in texts.items():
-        size, unit = sum(len(text.encode("utf-8", "replace")) + 1 for text in own), "bytes"
-        if size >= 2 * longest:  # a token has a byte or more
-            rows = [encoding.encode_to_numpy(text + "\n", disallowed_special=()) for text in own]
-            streams[name] = np.concatenate(rows).astype(np.int32)
-            size, unit = len(streams[name]), "tokens"
+        rows = [encoding.encode_to_numpy(text + "\n", disallowed_special=()) for text in own]
+        size = sum(map(len, rows))
         if size < 2 * longest:
-            raise ValueError(f"the corpus is too short: its part to {name} has {size} {unit}, and "
-                             f"prompts of {longest} tokens need {2 * longest} tokens; give more "
-                             "text, or shorter prompts")
+            raise ValueError(f"the corpus is too short: its part to {name} has {size} tokens, and "
+                             f"prompts of {longest} need {2 * longest}; give more text, or shorter "
+                             "prompts")
+        streams[name] = np.concatenate(rows).astype(np.int32)
     spelled = [b""] * encoding.n_vocab
     for token in encoding.token_byte_values():
         spelled[encoding.encode_single_token(token)] = token
     if words is None:
         words = deal_words(np.bincount(streams["train"], minlength=encoding.n_vocab), spelled)
+        words["functions"] = function_names(texts, encoding)
     three = re.compile(r"[^\W\d_]{3}")
     # other tokenisers put the next line's indentation into the token that ends a line
     ends_line = np.array([b.rstrip(b" \t").endswith(b"\n") for b in spelled])
     blank = np.array([not b.strip() for b in spelled])
     looks_back = np.array([not three.search(b.decode("utf-8", "ignore")) for b in spelled])
-    if "functions" not in words:
-        words = words | {"functions": function_names(texts, encoding)}
     return {name: Part(stream, np.array(words[name]), np.array(words["values"]), ends_line, blank,
                        looks_back, encoding.encode_ordinary, encoding.decode,
                        words["functions"][name])
@@ -298,19 +304,20 @@ def function_names(texts, encoding):
 # --- 4. Tasks: f(part, rng, n, room) -> a context of n tokens, [(question, answer), ...], of which
 #        the first fits in `room` tokens -----------------------------------------------------------
 
+def insert(text, lines, places):
+    """`text` (n,) with each of `lines` (token lists) put in before the token at its place."""
+    return np.insert(text, np.repeat(places, list(map(len, lines))), np.concatenate(lines))
+
+
 def weave(part, rng, lines, n):
     """Put `lines` (token lists), in their order, at random line ends of real text; n tokens in
     all."""
     text = part.text(rng, n - sum(map(len, lines)))
-    ends = np.flatnonzero(part.ends_line[text]) + 1
-    cuts = np.sort(rng.integers(len(text) + 1, size=len(lines)))
-    if len(ends):  # move each back to where a line ends
-        cuts = np.concatenate([[0], ends])[np.searchsorted(ends, cuts, side="right")]
-    pieces = np.split(text, cuts)
-    woven = [pieces[0]]
-    for line, piece in zip(lines, pieces[1:]):
-        woven += [line, piece]
-    return np.concatenate(woven)
+    starts = np.flatnonzero(part.ends_line[text]) + 1  # of lines
+    places = np.sort(rng.integers(len(text) + 1, size=len(lines)))
+    if len(starts):  # move each back to where a line starts
+        places = np.append(0, starts)[np.searchsorted(starts, places, side="right")]
+    return insert(text, lines, places)
 
 
 def facts(n, size, most=8):
@@ -320,86 +327,81 @@ def facts(n, size, most=8):
     return max(1, min(most, n * 7 // (8 * size)))
 
 
+def key_values(part, rng, total):
+    """`total` pairs [(key, value)]: a word of this part, a word for answers."""
+    return list(zip(part.pick(rng, total), part.answers(rng, total)))
+
+
+def shuffled(rng, items):
+    """The items in random order."""
+    return [items[i] for i in rng.permutation(len(items))]
+
+
 def lm(part, rng, n, room):
-    """Real text, read on: StreamingLLM's test. The score is 1 / perplexity.
-    Context: `...for key in sorted(self.keys()):` answer: the `room` - 1 tokens that follow."""
+    """Real text, read on: StreamingLLM's test. The answer is the `room` - 1 tokens that follow, the
+    score 1 / perplexity."""
     text = part.text(rng, n + room)
     return text[:n], [(text[n:n + 1], text[n + 1:])]
 
 
 def needle(part, rng, n, room):
-    """One sentence in real text: RULER's niah_single.
-    Context: `... The name of header is optional. ...` question: `The name of header is`."""
-    [key], [value] = part.pick(rng, 1), part.answers(rng, 1)
-    ask = part.encode("The name of") + [key] + part.encode(" is")
-    line = ask + [value] + part.encode(".\n")
-    return weave(part, rng, [line], n), [(part.encode("\n") + ask, [value])]
+    """One sentence in real text: RULER's niah_single."""
+    [(key, value)] = key_values(part, rng, 1)
+    line = part.fill("The name of{} is{}.\n", key, value)
+    return weave(part, rng, [line], n), [(part.fill("\nThe name of{} is", key), [value])]
 
 
 def multikey(part, rng, n, room):
-    """Eight notes scattered in real text, any of which may be asked for: RULER's niah_multikey.
-    Context: `... note header optional ... note linear kinds ...` question: `note linear`."""
-    note, end = part.encode("note"), part.encode("\n")
-    total = facts(n, len(note) + 3)
-    pairs = list(zip(part.pick(rng, total), part.answers(rng, total)))
-    context = weave(part, rng, [note + [key, value] + end for key, value in pairs], n)
-    return context, [(end + note + [key], [value]) for key, value in rng.permutation(pairs)]
+    """Eight notes scattered in real text, any of which may be asked for: RULER's niah_multikey."""
+    pairs = key_values(part, rng, facts(n, len(part.fill("note{}{}\n", 0, 0))))
+    lines = [part.fill("note{}{}\n", key, value) for key, value in pairs]
+    asks = [(part.fill("\nnote{}", key), [value]) for key, value in pairs]
+    return weave(part, rng, lines, n), shuffled(rng, asks)
 
 
 def kv(part, rng, n, room):
-    """A dictionary of sixteen pairs in one place: InfiniteBench's kv_retrieval.
-    Context: `... { header: optional, linear: kinds, ...}` question: `, linear:`."""
-    colon, comma = part.encode(":"), part.encode(",")
-    total = facts(n, len(colon) + len(comma) + 4, 16)
-    pairs = list(zip(part.pick(rng, total), part.answers(rng, total)))
+    """A dictionary of sixteen pairs in one place: InfiniteBench's kv_retrieval."""
+    pairs = key_values(part, rng, facts(n, len(part.fill("{}:{},", 0, 0)) + 2, 16))
     line = part.encode("{")
     for key, value in pairs:
-        line = line + [key] + colon + [value] + comma
-    context = weave(part, rng, [line + part.encode("}\n")], n)
-    return context, [(comma + [key] + colon, [value]) for key, value in rng.permutation(pairs)]
+        line = line + part.fill("{}:{},", key, value)
+    asks = [(part.fill(",{}:", key), [value]) for key, value in pairs]
+    return weave(part, rng, [line + part.encode("}\n")], n), shuffled(rng, asks)
 
 
 def passage(part, rng, n, room):
-    """Named passages of real text, and the last words of one: LongBench's passage_retrieval.
+    """Named passages of real text, and the last six tokens of one: LongBench's passage_retrieval.
     Context: `...is run in a loop[ header] ...` question: `is run in a loop[` answer: ` header`."""
-    opening, closing = part.encode("["), part.encode("]")
-    marks = len(opening) + len(closing) + 1  # and the name
-    total = facts(n, marks + 9)
+    size = len(part.fill("[{}]", 0))
+    total = facts(n, size + 9)
     names = part.answers(rng, total)
-    text = part.text(rng, n - marks * total)
+    text = part.text(rng, n - size * total)
     plain = np.flatnonzero(~part.blank[text]) + 1  # a passage ends in a word or a mark
     ends = (np.arange(total) + rng.uniform(0.3, 0.9, total)) * len(text) / total
     ends = plain[np.searchsorted(plain, ends.astype(int)).clip(max=len(plain) - 1)]
-    pieces, context = np.split(text, ends), []
-    for piece, name in zip(pieces, names):
-        context += [piece, opening, [name], closing]
-    quotes = [np.concatenate([part.encode("\n"), piece[-6:], opening]) for piece in pieces]
-    asks = [(quotes[i], [names[i]]) for i in rng.permutation(total)]
-    return np.concatenate(context + [pieces[-1]]), asks
+    context = insert(text, [part.fill("[{}]", name) for name in names], ends)
+    asks = [(part.fill("\n{}[", piece[-6:].tolist()), [name])
+            for piece, name in zip(np.split(text, ends), names)]
+    return context, shuffled(rng, asks)
 
 
 def count(part, rng, n, room):
-    """Votes scattered in real text, one word with most of them: RULER's common words.
-    Context: `... one vote header ... one vote optional ... one vote header`, then `most vote`."""
-    vote, end = part.encode("one vote"), part.encode("\n")
-    line = len(vote) + 2
-    winner, *others = part.answers(rng, 1 + facts(n - line, 2 * line, 4))
-    cast = rng.permutation([winner] * (len(others) + 1) + others)
-    lines = [vote + [word] + end for word in cast]
+    """Votes scattered in real text, one word with most of them: RULER's common words."""
+    size = len(part.fill("one vote{}\n", 0))
+    winner, *others = part.answers(rng, 1 + facts(n - size, 2 * size, 4))
+    votes = rng.permutation([winner] * (len(others) + 1) + others)
+    lines = [part.fill("one vote{}\n", word) for word in votes]
     return weave(part, rng, lines, n), [(part.encode("\nmost vote"), [winner])]
 
 
 def trace(part, rng, n, room):
-    """Variables set to words, others set to those; one of each two is asked for, one hop away or
-    two: RULER's variable tracking. (To ask for both would give the second answer away.) Context:
-    `... let header = optional ... let linear = header ...` question: `value linear =`."""
-    let, equals, end = part.encode("let"), part.encode(" ="), part.encode("\n")
-    total = facts(n, 2 * (len(let) + len(equals) + 3), 4)
+    """Variables set to words, others set to those: RULER's variable tracking. One of each two is
+    asked for, one hop away or two. (To ask for both would give the second answer away.)"""
+    total = facts(n, 2 * len(part.fill("let{} ={}\n", 0, 0)), 4)
     words, values = part.pick(rng, 2 * total), part.answers(rng, total)
     first, second = words[:total], words[total:]
-    lines = [let + [a] + equals + [b] + end
-             for a, b in list(zip(first, values)) + list(zip(second, first))]
-    asks = [(part.encode("\nvalue") + [rng.choice([first[i], second[i]])] + equals, [values[i]])
+    lines = [part.fill("let{} ={}\n", a, b) for a, b in zip(first + second, values + first)]
+    asks = [(part.fill("\nvalue{} =", rng.choice([first[i], second[i]])), [values[i]])
             for i in rng.permutation(total)]
     return weave(part, rng, lines, n), asks
 
@@ -407,50 +409,42 @@ def trace(part, rng, n, room):
 def copy(part, rng, n, room):
     """Marked lines of real text, one to be repeated: RULER's and NIAH's control.
     Context: `... line header> in order to ...` question: `line header>` answer: ` in order to`."""
-    line, mark, end = part.encode("line"), part.encode(">"), part.encode("\n")
-    keys = part.pick(rng, facts(n, len(line) + len(mark) + 6, 4))
-    asks = [line + [key] + mark for key in keys]
-    values = [[token for token in part.text(rng, 64) if not part.blank[token]][:3] for _ in asks]
-    lines = [ask + value + end for ask, value in zip(asks, values)]
-    context = weave(part, rng, lines, n)
-    return context, [(end + asks[i], values[i]) for i in rng.permutation(len(asks))]
+    keys = part.pick(rng, facts(n, len(part.fill("line{}>", 0)) + 5, 4))
+    values = [[token for token in part.text(rng, 64) if not part.blank[token]][:3] for _ in keys]
+    lines = [part.fill("line{}>{}\n", key, value) for key, value in zip(keys, values)]
+    asks = [(part.fill("\nline{}>", key), value) for key, value in zip(keys, values)]
+    return weave(part, rng, lines, n), shuffled(rng, asks)
 
 
 # Tasks in which facts come back, as in real text: what was looked up before is asked for again.
 
-def coming_back(part, rng, n, tell, use, keys):
-    """A context of n tokens in which facts come back, [(key, value)] of those that do, and of the
-    others. key: a list of tokens, from the front of `keys`; tell(key, value) and use(key, value)
-    are lines. In the first two fifths of the context facts are told, at most eight; in the rest
-    half of them are used again: each once, then some often, some rarely, by Zipf's law."""
-    size = max(len(line(key, 0)) for line in (tell, use) for key in keys)
+def coming_back(part, rng, n, keys, tell, ask, reply):
+    """A context of n tokens in which facts come back; the questions, [(question, answer)], about
+    those that do, and about the others. keys: of which the first are used, a key is a list of
+    tokens; tell, ask, reply: text, see `Part.fill`. In the first two fifths of the context facts
+    are told, at most eight. In the rest half of them are asked and answered: each once, then some
+    often, some rarely, by Zipf's law."""
+    size = max(len(part.fill(text, key, 0)) for text in (tell, ask + reply) for key in keys)
     early = max(size, n * 2 // 5)
     total = facts(early, size)
     pairs = list(zip(keys, part.answers(rng, total)))
-    often, never = pairs[:(total + 1) // 2], pairs[(total + 1) // 2:]
-    zipf = 1 / np.arange(1, len(often) + 1)
-    more = max(0, facts(n - early, size) - len(often))
-    uses = [*range(len(often)), *rng.choice(len(often), more, p=zipf / zipf.sum())]
-    told = [tell(*pairs[i]) for i in rng.permutation(total)]
-    used = [use(*often[i]) for i in rng.permutation(uses)]
+    often = (total + 1) // 2  # so many come back
+    zipf = 1 / np.arange(1, often + 1)
+    more = max(0, facts(n - early, size) - often)
+    uses = [*range(often), *rng.choice(often, more, p=zipf / zipf.sum())]
+    told = [part.fill(tell, *pair) for pair in shuffled(rng, pairs)]
+    used = [part.fill(ask + reply, *pairs[i]) for i in rng.permutation(uses)]
     context = np.concatenate([weave(part, rng, told, early), weave(part, rng, used, n - early)])
-    return context, often, never
+    asks = [(part.fill("\n" + ask, key), [value]) for key, value in pairs]
+    return context, asks[:often], asks[often:]
 
 
 def dialog(part, rng, n, room, asked_before=True):
-    """Facts are told, then some are asked and answered on the way; at the end these are asked.
-    Context: `... The header is optional. ... What is the header? optional. ...` question: `What is
-    the header?`"""
-    the, is_, end = part.encode("The"), part.encode(" is"), part.encode(".\n")
-    what, mark = part.encode("What is the"), part.encode("?")
+    """Facts are told, then some are asked and answered on the way; at the end these are asked."""
+    keys = [[key] for key in part.pick(rng, 8)]
     context, often, never = coming_back(
-        part, rng, n, lambda key, value: the + key + is_ + [value] + end,
-        lambda key, value: what + key + mark + [value] + end,
-        [[key] for key in part.pick(rng, 8)])
-    asked = often if asked_before else never or often
-    line_end = part.encode("\n")
-    return context, [(line_end + what + asked[i][0] + mark, [asked[i][1]])
-                     for i in rng.permutation(len(asked))]
+        part, rng, n, keys, "The{} is{}.\n", "What is the{}?", "{}.\n")
+    return context, shuffled(rng, often if asked_before else never or often)
 
 
 def unasked(part, rng, n, room):
@@ -461,32 +455,28 @@ def unasked(part, rng, n, room):
 def log(part, rng, n, room):
     """Keys are set, read, and set anew; the last value counts. Context: `... set header optional
     ... get header optional ... set header kinds ...` question: `get header`."""
-    set_, get, end = part.encode("set"), part.encode("get"), part.encode("\n")
-    events = facts(n, len(set_) + 3, 16)
+    events = facts(n, len(part.fill("set{}{}\n", 0, 0)), 16)
     keys, values = part.pick(rng, max(1, events // 4)), part.answers(rng, events)
     now, lines = {}, []
     for value in values:
         key = keys[min(int(rng.pareto(1)), len(keys) - 1)]  # half are of the first
-        anew = key not in now or rng.random() < 0.4
-        now[key] = value if anew else now[key]
-        lines.append((set_ if anew else get) + [key, now[key]] + end)
-    pairs = rng.permutation(list(now.items()))
-    return weave(part, rng, lines, n), [(end + get + [key], [value]) for key, value in pairs]
+        if key not in now or rng.random() < 0.4:
+            now[key] = value
+            lines.append(part.fill("set{}{}\n", key, value))
+        else:
+            lines.append(part.fill("get{}{}\n", key, now[key]))
+    asks = shuffled(rng, [(part.fill("\nget{}", key), [value]) for key, value in now.items()])
+    return weave(part, rng, lines, n), asks
 
 
 def code(part, rng, n, room):
-    """Functions of the text are defined once, with a default, and called along the way. Context:
-    `... def walk(header): ... walk(header) ...` question: `walk(` answer: `header`."""
-    define, opening = part.encode("def "), part.encode("(")
-    closing, called = part.encode("):\n"), part.encode(")\n")
-    line_end = part.encode("\n")
-    names = [part.functions[i] for i in rng.permutation(len(part.functions))[:8]]
-    names = names if len(names) == 8 else [[key] for key in part.pick(rng, 8)]
-    context, often, _ = coming_back(
-        part, rng, n, lambda key, value: define + key + opening + [value] + closing,
-        lambda key, value: key + opening + [value] + called, names)
-    return context, [(line_end + often[i][0] + opening, [often[i][1]])
-                     for i in rng.permutation(len(often))]
+    """Functions of the text are defined once, with a default, and called along the way; at the end
+    a call is to be written on."""
+    names = shuffled(rng, part.functions)[:8]
+    if len(names) < 8:
+        names = [[key] for key in part.pick(rng, 8)]
+    context, often, _ = coming_back(part, rng, n, names, "def {}({}):\n", "{}(", "{})\n")
+    return context, shuffled(rng, often)
 
 
 TASKS = {task.__name__: task for task in (lm, needle, multikey, kv, passage, count, trace, copy)}
@@ -546,12 +536,11 @@ def prompts(part, tasks, rng, length):
 
 def depth(batch):
     """Where in the context the needle of each prompt is, in fifths, (N,), 0 to 4."""
-    found = []
-    for tokens, answer in zip(batch.tokens, batch.answer):
-        at, n = int(answer.nonzero()[0]), batch.context
-        same = (tokens[:n - 2] == tokens[at - 2]) & (tokens[2:n] == tokens[at])
-        found.append(int(same.nonzero()[-1]) * 5 // n)
-    return torch.tensor(found)
+    tokens, n = batch.tokens, batch.context
+    at = batch.answer.argmax(1, keepdim=True)  # (N,1)
+    key, value = tokens.gather(1, at - 2), tokens.gather(1, at)  # between them: " is"
+    same = (tokens[:, :n - 2] == key) & (tokens[:, 2:n] == value)  # (N,n-2)
+    return (same * torch.arange(n - 2, device=same.device)).amax(1) * 5 // n
 
 
 def fact_positions(tokens, answer, n):
@@ -562,8 +551,8 @@ def fact_positions(tokens, answer, n):
     for which in range(1, answer.max() + 1):
         at = np.flatnonzero(answer == which)
         asked = tokens[at[0] - 1:at[-1] + 1]  # the question's last token, and the answer
-        same = [tokens[i:n - len(asked) + 1 + i] == token for i, token in enumerate(asked)]
-        starts = np.flatnonzero(np.logical_and.reduce(same))
+        windows = np.lib.stride_tricks.sliding_window_view(tokens[:n], len(asked))
+        starts = np.flatnonzero((windows == asked).all(1))
         found.append((starts[:, None] + np.arange(1, len(asked))).ravel())
     return np.unique(np.concatenate(found))
 
