@@ -14,13 +14,11 @@ import base64
 import collections
 import hashlib
 import heapq
-import os
 import pathlib
 import pydoc_data.topics
 import re
 import sysconfig
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 import tiktoken
@@ -37,9 +35,9 @@ WORDS = {"values": 0.25, "evolve": 0.25, "choose": 0.10, "report": 0.25}  # to t
 # --- 1. Documents --------------------------------------------------------------------------------
 
 def documents(corpus=None):
-    """The texts to learn from, [str]: the file `corpus`, or all SUFFIXES files of the folder; or,
-    for None, Python's language reference and its standard library. Raises ValueError, with a line
-    for the user, when there is no text to read."""
+    """The texts to learn from, [str]: a file, or the SUFFIXES files of a folder and all below it
+    (linked folders are left out); for None Python's language reference and standard library. Raises
+    ValueError, with a line for the user, when there is no text to read."""
     if corpus is None:
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
         skip = {"site-packages", "dist-packages", "pydoc_data"}
@@ -47,7 +45,8 @@ def documents(corpus=None):
         texts = [f.read_text("utf-8", "replace") for f in files]
         return texts + list(pydoc_data.topics.topics.values())
     path, texts = pathlib.Path(corpus), []
-    for file in files_under(path) if path.is_dir() else [path]:
+    inside = [f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()]
+    for file in inside if path.is_dir() else [path]:
         try:
             texts.append(file.read_text("utf-8"))
         except (UnicodeDecodeError, OSError) as error:
@@ -57,19 +56,6 @@ def documents(corpus=None):
     if not any(text.strip() for text in texts):
         raise ValueError(f"--corpus {corpus}: empty, or no {', '.join(SUFFIXES)} file in it")
     return texts
-
-
-def files_under(folder):
-    """The SUFFIXES files of a folder and of all folders below it, linked ones too, each once."""
-    found, entered = [], set()
-    for where, below, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(where) in entered:
-            below.clear()  # a link in a circle
-            continue
-        entered.add(os.path.realpath(where))
-        files = [pathlib.Path(where, name) for name in names]
-        found += [f for f in files if f.suffix.lower() in SUFFIXES and f.is_file()]
-    return found
 
 
 def cut(text, most):
@@ -296,8 +282,8 @@ def function_names(texts, encoding):
     for part in ("report", "choose", "evolve", "train"):
         found = set(re.findall(r"\bdef (\w+)\(", "\n".join(texts[part]))) - taken
         taken |= found
-        tokens = (encoding.encode_ordinary(name) for name in sorted(found))
-        names[part] = list(islice((own for own in tokens if len(own) <= 4), 500))
+        tokens = map(encoding.encode_ordinary, sorted(found))
+        names[part] = [own for own in tokens if len(own) <= 4][:500]
     return names
 
 
@@ -332,9 +318,11 @@ def key_values(part, rng, total):
     return list(zip(part.pick(rng, total), part.answers(rng, total)))
 
 
-def shuffled(rng, items):
-    """The items in random order."""
-    return [items[i] for i in rng.permutation(len(items))]
+def questions(part, rng, ask, pairs):
+    """[(question, answer)] in random order, of pairs (key, answer), a token or a list of tokens
+    each: the question is the text `ask` with the key filled in."""
+    asks = [(part.fill(ask, key), part.fill("{}", answer)) for key, answer in pairs]
+    return [asks[i] for i in rng.permutation(len(asks))]
 
 
 def lm(part, rng, n, room):
@@ -355,8 +343,7 @@ def multikey(part, rng, n, room):
     """Eight notes scattered in real text, any of which may be asked for: RULER's niah_multikey."""
     pairs = key_values(part, rng, facts(n, len(part.fill("note{}{}\n", 0, 0))))
     lines = [part.fill("note{}{}\n", key, value) for key, value in pairs]
-    asks = [(part.fill("\nnote{}", key), [value]) for key, value in pairs]
-    return weave(part, rng, lines, n), shuffled(rng, asks)
+    return weave(part, rng, lines, n), questions(part, rng, "\nnote{}", pairs)
 
 
 def kv(part, rng, n, room):
@@ -365,8 +352,8 @@ def kv(part, rng, n, room):
     line = part.encode("{")
     for key, value in pairs:
         line = line + part.fill("{}:{},", key, value)
-    asks = [(part.fill(",{}:", key), [value]) for key, value in pairs]
-    return weave(part, rng, [line + part.encode("}\n")], n), shuffled(rng, asks)
+    context = weave(part, rng, [line + part.encode("}\n")], n)
+    return context, questions(part, rng, ",{}:", pairs)
 
 
 def passage(part, rng, n, room):
@@ -380,9 +367,8 @@ def passage(part, rng, n, room):
     ends = (np.arange(total) + rng.uniform(0.3, 0.9, total)) * len(text) / total
     ends = plain[np.searchsorted(plain, ends.astype(int)).clip(max=len(plain) - 1)]
     context = insert(text, [part.fill("[{}]", name) for name in names], ends)
-    asks = [(part.fill("\n{}[", piece[-6:].tolist()), [name])
-            for piece, name in zip(np.split(text, ends), names)]
-    return context, shuffled(rng, asks)
+    quotes = [piece[-6:].tolist() for piece in np.split(text, ends)]
+    return context, questions(part, rng, "\n{}[", zip(quotes, names))
 
 
 def count(part, rng, n, room):
@@ -412,19 +398,17 @@ def copy(part, rng, n, room):
     keys = part.pick(rng, facts(n, len(part.fill("line{}>", 0)) + 5, 4))
     values = [[token for token in part.text(rng, 64) if not part.blank[token]][:3] for _ in keys]
     lines = [part.fill("line{}>{}\n", key, value) for key, value in zip(keys, values)]
-    asks = [(part.fill("\nline{}>", key), value) for key, value in zip(keys, values)]
-    return weave(part, rng, lines, n), shuffled(rng, asks)
+    return weave(part, rng, lines, n), questions(part, rng, "\nline{}>", zip(keys, values))
 
 
 # Tasks in which facts come back, as in real text: what was looked up before is asked for again.
 
-def coming_back(part, rng, n, keys, tell, ask, reply):
-    """A context of n tokens in which facts come back; the questions, [(question, answer)], about
-    those that do, and about the others. keys: of which the first are used, a key is a list of
-    tokens; tell, ask, reply: text, see `Part.fill`. In the first two fifths of the context facts
-    are told, at most eight. In the rest half of them are asked and answered: each once, then some
-    often, some rarely, by Zipf's law."""
-    size = max(len(part.fill(text, key, 0)) for text in (tell, ask + reply) for key in keys)
+def coming_back(part, rng, n, keys, tell, use):
+    """A context of n tokens in which facts come back; [(key, value)] of those that do, and of the
+    others. keys: the first of them are taken; tell, use: lines, see `Part.fill`. In the first two
+    fifths of the context facts are told, at most eight. In the rest half of them are used: each
+    once, then some often, some rarely, by Zipf's law."""
+    size = max(len(part.fill(line, key, 0)) for line in (tell, use) for key in keys)
     early = max(size, n * 2 // 5)
     total = facts(early, size)
     pairs = list(zip(keys, part.answers(rng, total)))
@@ -432,19 +416,18 @@ def coming_back(part, rng, n, keys, tell, ask, reply):
     zipf = 1 / np.arange(1, often + 1)
     more = max(0, facts(n - early, size) - often)
     uses = [*range(often), *rng.choice(often, more, p=zipf / zipf.sum())]
-    told = [part.fill(tell, *pair) for pair in shuffled(rng, pairs)]
-    used = [part.fill(ask + reply, *pairs[i]) for i in rng.permutation(uses)]
+    told = [part.fill(tell, *pairs[i]) for i in rng.permutation(total)]
+    used = [part.fill(use, *pairs[i]) for i in rng.permutation(uses)]
     context = np.concatenate([weave(part, rng, told, early), weave(part, rng, used, n - early)])
-    asks = [(part.fill("\n" + ask, key), [value]) for key, value in pairs]
-    return context, asks[:often], asks[often:]
+    return context, pairs[:often], pairs[often:]
 
 
 def dialog(part, rng, n, room, asked_before=True):
     """Facts are told, then some are asked and answered on the way; at the end these are asked."""
-    keys = [[key] for key in part.pick(rng, 8)]
-    context, often, never = coming_back(
-        part, rng, n, keys, "The{} is{}.\n", "What is the{}?", "{}.\n")
-    return context, shuffled(rng, often if asked_before else never or often)
+    context, often, never = coming_back(part, rng, n, part.pick(rng, 8), "The{} is{}.\n",
+                                        "What is the{}?{}.\n")
+    asked = often if asked_before else never or often
+    return context, questions(part, rng, "\nWhat is the{}?", asked)
 
 
 def unasked(part, rng, n, room):
@@ -465,18 +448,17 @@ def log(part, rng, n, room):
             lines.append(part.fill("set{}{}\n", key, value))
         else:
             lines.append(part.fill("get{}{}\n", key, now[key]))
-    asks = shuffled(rng, [(part.fill("\nget{}", key), [value]) for key, value in now.items()])
+    asks = questions(part, rng, "\nget{}", now.items())
     return weave(part, rng, lines, n), asks
 
 
 def code(part, rng, n, room):
     """Functions of the text are defined once, with a default, and called along the way; at the end
     a call is to be written on."""
-    names = shuffled(rng, part.functions)[:8]
-    if len(names) < 8:
-        names = [[key] for key in part.pick(rng, 8)]
-    context, often, _ = coming_back(part, rng, n, names, "def {}({}):\n", "{}(", "{})\n")
-    return context, shuffled(rng, often)
+    names = [part.functions[i] for i in rng.permutation(len(part.functions))[:8]]
+    names = names if len(names) == 8 else part.pick(rng, 8)
+    context, often, _ = coming_back(part, rng, n, names, "def {}({}):\n", "{}({})\n")
+    return context, questions(part, rng, "\n{}(", often)
 
 
 TASKS = {task.__name__: task for task in (lm, needle, multikey, kv, passage, count, trace, copy)}
