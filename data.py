@@ -35,18 +35,20 @@ WORDS = {"values": 0.25, "evolve": 0.25, "choose": 0.10, "report": 0.25}  # to t
 # --- 1. Documents --------------------------------------------------------------------------------
 
 def documents(corpus=None):
-    """The texts to learn from, [str]: a file, or the SUFFIXES files of a folder and all below it
-    (linked folders are left out); for None Python's language reference and standard library. Raises
+    """The texts to learn from, [str]: a file, or the SUFFIXES files of a folder and the folders in
+    it (not of linked ones). None: Python's language reference and standard library. Raises
     ValueError, with a line for the user, when there is no text to read."""
     if corpus is None:
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-        skip = {"site-packages", "dist-packages", "pydoc_data"}
+        skip = {"site-packages", "dist-packages", "pydoc_data"}  # the reference once, not twice
         files = [f for f in root.rglob("*.py") if skip.isdisjoint(f.relative_to(root).parts)]
         texts = [f.read_text("utf-8", "replace") for f in files]
         return texts + list(pydoc_data.topics.topics.values())
-    path, texts = pathlib.Path(corpus), []
-    inside = [f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()]
-    for file in inside if path.is_dir() else [path]:
+    texts, files = [], [pathlib.Path(corpus)]
+    if files[0].is_dir():
+        found = files[0].rglob("*")
+        files = [f for f in found if f.suffix.lower() in SUFFIXES and f.is_file()]
+    for file in files:
         try:
             texts.append(file.read_text("utf-8"))
         except (UnicodeDecodeError, OSError) as error:
@@ -59,7 +61,8 @@ def documents(corpus=None):
 
 
 def cut(text, most):
-    """A text in pieces of at most `most` characters: cut at blank lines, line ends, or anywhere."""
+    """A text in pieces of at most `most` characters, cut at a blank line, else at a line end, else
+    anywhere."""
     pieces, start = [], 0
     while len(text) - start > most:
         middle, end = start + most // 2, start + most
@@ -71,14 +74,10 @@ def cut(text, most):
 
 
 def deal(texts, saved=None):
-    """Cut documents to pieces and deal them to the parts of SHARES by their size, each piece once,
-    however many copies of it there are: ({part: [piece]}, record). To deal so again takes a record:
-
-      piece        most characters of a piece: about 500 pieces, between 1,024 and 65,536
-      split        {digest: part} of each piece
-      fingerprint  of the whole text
-
-    saved: the record of a run. Its pieces go where they went then; only what is new is dealt."""
+    """Cut documents into pieces and deal these to the parts of SHARES; of equal pieces one is dealt.
+    Returns {part: [piece]}, and a record: "piece", the most characters of a piece (a text makes
+    about 500); "split", {digest of a piece: its part}; "fingerprint" of the whole text. saved: the
+    record of a run; its pieces go to the same parts again, and only new ones are dealt."""
     size = sum(map(len, texts))
     most = saved["piece"] if saved else 2 ** min(16, max(10, round(np.log2(size / 512))))
     known = saved["split"] if saved else {}
@@ -99,7 +98,7 @@ def deal(texts, saved=None):
 # --- 2. Tokeniser --------------------------------------------------------------------------------
 
 def sample(texts, most=2_000_000, window=2000):
-    """`most` characters from all over the texts, in windows; all of them if there are fewer."""
+    """About `most` characters from all over the texts, in windows; if there are fewer, all."""
     whole = "\n".join(texts)
     if len(whole) <= most:
         return whole
@@ -109,12 +108,12 @@ def sample(texts, most=2_000_000, window=2000):
 
 def learn_bpe(text, vocab_size):
     """Byte-pair ranks, {bytes: rank}: the 256 bytes, the ten " digit" pairs (a number is one token
-    a digit), then the most frequent pair of neighbours again and again, while there is one. Counts
-    are kept up to date, and the largest comes from a heap: a merge costs what it changes."""
+    a digit), then again and again the most frequent pair of neighbours. Counts are kept up to date,
+    and a heap gives the largest: a merge costs what it changes."""
     words = collections.Counter(re.findall(PATTERN, text))
     pieces = [[bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in words]
     counts, heap, changed = list(words.values()), [], set()
-    pairs, where = collections.Counter(), collections.defaultdict(set)  # its count, its words
+    pairs, where = collections.Counter(), collections.defaultdict(set)  # of a pair: count, words
 
     def add(i, times):
         """Count the pairs of word i, `times` each."""
@@ -131,7 +130,7 @@ def learn_bpe(text, vocab_size):
             heapq.heappush(heap, (-pairs[pair], pair))
         changed.clear()
         count, best = heapq.heappop(heap)
-        if count == 0 or pairs[best] != -count:  # it has changed since
+        if count == 0 or pairs[best] != -count:  # an old count
             continue
         merged = best[0] + best[1]
         ranks.setdefault(merged, len(ranks))
@@ -149,7 +148,7 @@ def learn_bpe(text, vocab_size):
 
 
 def tokenizer(vocab_size, path, texts):
-    """A tiktoken.Encoding of the ranks in the file `path` (see ranks_file), or, without it, of
+    """A tiktoken.Encoding of the ranks in the file `path` (see ranks_file); if there is none, of
     `vocab_size` tokens learned from `texts`. Raises ValueError for another kind of file."""
     path = pathlib.Path(path)
     if path.exists():
@@ -165,7 +164,7 @@ def tokenizer(vocab_size, path, texts):
 
 
 def ranks_file(encoding):
-    """The ranks as tiktoken writes them: a token in base64 and its rank, one a line."""
+    """The ranks in tiktoken's format: on each line a token in base64, and its rank."""
     rank, tokens = encoding.encode_single_token, encoding.token_byte_values()
     return "".join(f"{base64.b64encode(token).decode()} {rank(token)}\n" for token in tokens)
 
@@ -174,22 +173,21 @@ def ranks_file(encoding):
 
 @dataclass
 class Part:
-    """What one part owns: no piece of text and no key of it is in another part."""
+    """What one part owns; no piece of its text and none of its keys is in another part."""
     tokens: np.ndarray  # (many,) its text, one piece after the other
-    words: np.ndarray  # (some,) its words, each one token: the keys of the tasks
-    values: np.ndarray  # (some,) words for the answers, each one token, the same in all parts
-    ends_line: np.ndarray  # (V,) bool: this token ends a line
-    blank: np.ndarray  # (V,) bool: this token is white space
-    looks_back: np.ndarray  # (V,) bool: in training the heads may be asked to recall here
+    words: np.ndarray  # (some,) tokens that are its keys
+    values: np.ndarray  # (some,) tokens that are answers, the same in all parts
+    ends_line: np.ndarray  # (V,) bool: the token ends a line
+    blank: np.ndarray  # (V,) bool: it is white space
+    looks_back: np.ndarray  # (V,) bool: it holds no word; here a head may be asked to recall one
     encode: callable  # str -> [token]
     decode: callable  # [token] -> str
     functions: list  # [[token]]: names of functions in its text, of at most four tokens
     most_asked: int = 64  # tokens for the questions of a prompt, at most
 
     def text(self, rng, n):
-        """n consecutive tokens from anywhere, not all of them white space, (n,). It takes one
-        random number, whatever the text: so a prompt's words do not depend on the text around
-        them."""
+        """n consecutive tokens from anywhere, not all of them white space, (n,). Always takes one
+        random number: so a prompt's words do not depend on the text around them."""
         last = len(self.tokens) - n + 1
         start = int(rng.random() * last)
         while n and self.blank[self.tokens[start:start + n]].all():
@@ -206,23 +204,22 @@ class Part:
         return tokens
 
     def pick(self, rng, count):
-        """`count` different words of this part, as tokens."""
+        """`count` different keys of this part, [token]."""
         return rng.choice(self.words, count, replace=False).tolist()
 
     def answers(self, rng, count):
-        """`count` different words for answers, as tokens."""
+        """`count` different answers, [token]."""
         return rng.choice(self.values, count, replace=False).tolist()
 
 
 def deal_words(frequency, spelled):
     """{name: [token]}: the keys of each part, and the answers of all ("values").
 
-    frequency (V,): how often a token is in the training part; spelled [V]: its bytes. Words are the
-    tokens that read " word", three letters or more of any alphabet; where they are few, as in
-    scripts without spaces, also other tokens of letters. The 64 most frequent are left out, 2,000
-    dealt. The keys to train on are all other tokens but numbers and white space: a GPT that sees
-    few different keys learns those, and not how to look one up. Raises ValueError when there are
-    too few."""
+    frequency (V,): how often a token is in the training part; spelled [V]: its bytes. Words are
+    tokens that read " word", of three letters or more; where they are few, as in scripts without
+    spaces, other tokens of letters too. The 64 most frequent are left out, the next 2,000 dealt.
+    All other tokens but numbers and white space are keys to train on: a GPT that sees few keys
+    learns those, and not how to look one up. Raises ValueError when there are too few words."""
     words, letters = [], []
     for token in np.argsort(-frequency, kind="stable"):
         text = spelled[token].decode("utf-8", "replace")
@@ -233,12 +230,12 @@ def deal_words(frequency, spelled):
                 letters.append(token)
     needed = 64 + int(16 / min(WORDS.values()))  # 16 for the smallest share
     words = words if len(words) >= needed else letters
+    if len(words) < needed:
+        raise ValueError(f"only {len(words)} tokens of the vocabulary are words, and {needed} are "
+                         "needed; use a larger --vocab_size, or more text")
     words = np.random.default_rng(0).permutation(words[64:2064])
-    dealt = np.split(words, (np.cumsum(list(WORDS.values())) * len(words)).astype(int))
-    if min(map(len, dealt)) < 16:
-        raise ValueError(f"only {len(words)} tokens of the vocabulary, beyond the 64 most frequent,"
-                         " are words; use a larger --vocab_size, or more text")
-    dealt = {name: own.tolist() for name, own in zip(WORDS, dealt)}
+    ends = (np.cumsum(list(WORDS.values())) * len(words)).astype(int)
+    dealt = {name: own.tolist() for name, own in zip(WORDS, np.split(words, ends))}
     taken = set(sum(dealt.values(), []))
     dealt["train"] = [token for token in np.flatnonzero(frequency).tolist()
                       if token not in taken and spelled[token].strip(b" \n0123456789")]
@@ -246,9 +243,9 @@ def deal_words(frequency, spelled):
 
 
 def make_parts(texts, encoding, longest, words=None):
-    """({part: Part}, words) from the parts of `deal`. words: those of a GPT that was trained
-    before, so that its answers are words that it has learned to answer with; else they are dealt
-    now. Raises ValueError when a part is too short for prompts of `longest` tokens."""
+    """({part: Part}, words) from the parts of `deal`. words: those that a GPT was trained with, so
+    that it is asked for answers that it knows; if None, they are dealt now. Raises ValueError when
+    a part is too short for prompts of `longest` tokens."""
     streams = {}
     for name, own in texts.items():
         rows = [encoding.encode_to_numpy(text + "\n", disallowed_special=()) for text in own]
@@ -264,20 +261,20 @@ def make_parts(texts, encoding, longest, words=None):
     if words is None:
         words = deal_words(np.bincount(streams["train"], minlength=encoding.n_vocab), spelled)
         words["functions"] = function_names(texts, encoding)
-    three = re.compile(r"[^\W\d_]{3}")
     # other tokenisers put the next line's indentation into the token that ends a line
     ends_line = np.array([b.rstrip(b" \t").endswith(b"\n") for b in spelled])
     blank = np.array([not b.strip() for b in spelled])
-    looks_back = np.array([not three.search(b.decode("utf-8", "ignore")) for b in spelled])
-    return {name: Part(stream, np.array(words[name]), np.array(words["values"]), ends_line, blank,
-                       looks_back, encoding.encode_ordinary, encoding.decode,
-                       words["functions"][name])
-            for name, stream in streams.items()}, words
+    looks_back = np.array([not re.search(r"[^\W\d_]{3}", b.decode("utf-8", "ignore"))
+                           for b in spelled])
+    parts = {name: Part(stream, np.array(words[name]), np.array(words["values"]), ends_line, blank,
+                        looks_back, encoding.encode_ordinary, encoding.decode,
+                        words["functions"][name]) for name, stream in streams.items()}
+    return parts, words
 
 
 def function_names(texts, encoding):
-    """{part: [[token]]}: names of Python functions in each part's text, at most 500 of at most four
-    tokens. A name in two texts is of one part."""
+    """{part: [[token]]}: names of Python functions in each part's text, at most 500, each of at most
+    four tokens and of one part only."""
     names, taken = {}, set()
     for part in ("report", "choose", "evolve", "train"):
         found = set(re.findall(r"\bdef (\w+)\(", "\n".join(texts[part]))) - taken
@@ -291,13 +288,12 @@ def function_names(texts, encoding):
 #        the first fits in `room` tokens -----------------------------------------------------------
 
 def insert(text, lines, places):
-    """`text` (n,) with each of `lines` (token lists) put in before the token at its place."""
+    """A text (n,), with each of the lines (token lists) before the token at its place."""
     return np.insert(text, np.repeat(places, list(map(len, lines))), np.concatenate(lines))
 
 
 def weave(part, rng, lines, n):
-    """Put `lines` (token lists), in their order, at random line ends of real text; n tokens in
-    all."""
+    """Lines (token lists), in their order, at random line ends of real text: n tokens in all."""
     text = part.text(rng, n - sum(map(len, lines)))
     starts = np.flatnonzero(part.ends_line[text]) + 1  # of lines
     places = np.sort(rng.integers(len(text) + 1, size=len(lines)))
@@ -308,19 +304,19 @@ def weave(part, rng, lines, n):
 
 def facts(n, size, most=8):
     """How many facts of `size` tokens go into a context of n: `most`, or as many as fill 7/8 of it.
-    Short contexts, of early training, are nearly nothing but facts: a GPT that always sees them in
-    much text comes to need the text, and is lost when a manager takes it away."""
+    Short contexts, of early training, are nearly all facts: a GPT that has only seen facts in much
+    text needs that text, and is lost when a manager evicts it."""
     return max(1, min(most, n * 7 // (8 * size)))
 
 
 def key_values(part, rng, total):
-    """`total` pairs [(key, value)]: a word of this part, a word for answers."""
+    """`total` facts, [(key, value)]."""
     return list(zip(part.pick(rng, total), part.answers(rng, total)))
 
 
 def questions(part, rng, ask, pairs):
-    """[(question, answer)] in random order, of pairs (key, answer), a token or a list of tokens
-    each: the question is the text `ask` with the key filled in."""
+    """[(question, answer)] in random order. ask: the question as text, see `Part.fill`; pairs: the
+    key in it and the answer, each a token or a list of tokens."""
     asks = [(part.fill(ask, key), part.fill("{}", answer)) for key, answer in pairs]
     return [asks[i] for i in rng.permutation(len(asks))]
 
@@ -494,21 +490,20 @@ def question_tokens(length, most=64):
 
 
 def prompts(part, tasks, rng, length):
-    """One prompt for each of `tasks`, a name in TASKS or a function like them, as a Batch.
-    Questions follow one another while they fit. Raises ValueError for a task whose first does
-    not."""
+    """A Batch with a prompt for each of `tasks`, a name or a function like those above. Questions
+    follow one another while they fit. Raises ValueError for a task whose first does not."""
     room, pad = question_tokens(length, part.most_asked), part.encode("\n")[0]
     n = length - room
     tokens, answer = np.full((len(tasks), length), pad), np.zeros((len(tasks), length), dtype=int)
     for i, task in enumerate(tasks):
         make = (TASKS | COMING_BACK).get(task, task)
-        tokens[i, :n], questions = make(part, rng, n, room)
+        tokens[i, :n], asks = make(part, rng, n, room)
         end = n
-        for which, (question, reply) in enumerate(questions, 1):
+        for which, (question, reply) in enumerate(asks, 1):
             start, end = end, end + len(question) + len(reply)
             if end > length:
                 break
-            tokens[i, start:end] = np.concatenate([question, reply])
+            tokens[i, start:end] = [*question, *reply]
             answer[i, end - len(reply):end] = which
         if not answer[i].any():
             raise ValueError(f"task {make.__name__}: its first question and answer do not fit in "
@@ -526,13 +521,12 @@ def depth(batch):
 
 
 def fact_positions(tokens, answer, n):
-    """Where a context of n tokens says what will be asked for: the places of each answer's tokens,
-    wherever they follow the same token as in the question. tokens, answer (L,) of one prompt ->
-    (places,), ascending."""
+    """Where a context of n tokens says what will be asked for, (places,), ascending: each answer's
+    tokens, wherever they follow the last token of its question. tokens, answer (L,): one prompt."""
     found = []
     for which in range(1, answer.max() + 1):
         at = np.flatnonzero(answer == which)
-        asked = tokens[at[0] - 1:at[-1] + 1]  # the question's last token, and the answer
+        asked = tokens[at[0] - 1:at[-1] + 1]
         windows = np.lib.stride_tricks.sliding_window_view(tokens[:n], len(asked))
         starts = np.flatnonzero((windows == asked).all(1))
         found.append((starts[:, None] + np.arange(1, len(asked))).ravel())
@@ -540,27 +534,25 @@ def fact_positions(tokens, answer, n):
 
 
 def words_to_recall(batch, part, rng, share):
-    """Words to recall, (N,L-1), -1 where none is: at a `share` of the places of a context where no
-    word of three letters or more stands, any word that was read before and will be asked for. A
-    tiny GPT's attention does not return to what was said unless told to, and attention that nobody
-    pays shows no manager what to keep."""
-    tokens, answer = batch.tokens.numpy(), batch.answer.numpy()
+    """Words to recall, (N,L-1), -1 where there is none: at a `share` of a context's tokens that
+    hold no word, one that was read before and will be asked for. Unless told to, a tiny GPT does
+    not attend to what was said, and then attention shows no manager what to keep."""
+    n, tokens = batch.context, batch.tokens.numpy()
     words = np.full((len(tokens), tokens.shape[1] - 1), -1)
-    for i, task in enumerate(batch.tasks):
+    for row, own, answer, task in zip(words, tokens, batch.answer.numpy(), batch.tasks):
         if task == "lm":
             continue
-        said = fact_positions(tokens[i], answer[i], batch.context)
-        chosen = rng.random(batch.context) < share
-        places = np.flatnonzero(chosen & part.looks_back[tokens[i, :batch.context]])
+        said = fact_positions(own, answer, n)
+        places = np.flatnonzero((rng.random(n) < share) & part.looks_back[own[:n]])
         before = np.searchsorted(said, places)  # how many such words were read by then
         places, before = places[before > 0], before[before > 0]
-        words[i, places] = tokens[i, said[(rng.random(len(places)) * before).astype(int)]]
+        row[places] = own[said[(rng.random(len(places)) * before).astype(int)]]
     return torch.from_numpy(words)
 
 
 def came_back(batch, part):
-    """Words for answers that stand in a context not for the first time, (N,L) bool: a fact that was
-    told before is used there, which a GPT that looks it up can foretell."""
+    """(N,L) bool, where a context has a word for answers again: it uses a fact that was told
+    before, so a GPT that looks the fact up can predict the word."""
     again = np.zeros(batch.tokens.shape, dtype=bool)
     for row, tokens in zip(again, batch.tokens.numpy()):
         row[:batch.context] = np.isin(tokens[:batch.context], part.values)
@@ -569,10 +561,10 @@ def came_back(batch, part):
 
 
 def lesson(part, tasks, rng, done, length, tokens, recall):
-    """What a training step learns from, when a share `done` of all is over: (Batch, words to
-    recall). The shortest prompts at first, then all lengths but the longest, half the `tokens`
-    each; then mostly the longest. The hardest tasks come twice as often. The heads are asked to
-    recall once they have found their work; with `recall` 0 never, and the words are (N,0)."""
+    """What a training step learns from, when a share `done` of all steps is over: (Batch, words to
+    recall). First the shortest prompts, then all lengths but the longest, of half the `tokens`;
+    then mostly the longest. The hardest tasks come twice as often. Heads recall after a quarter of
+    the steps; with `recall` 0 never: then the words are (N,0), and answers on the way are -1."""
     lengths = [length >> k for k in range(length.bit_length()) if length >> k >= 64][::-1]
     odds = np.array([1] * (len(lengths) - 1) + [2 * len(lengths[1:]) or 1])  # longest: two of three
     if done < 0.15:
@@ -583,7 +575,7 @@ def lesson(part, tasks, rng, done, length, tokens, recall):
         own = int(rng.choice(lengths, p=odds / odds.sum()))
     twice = [task for task in ("kv", "trace") if task in tasks]
     batch = prompts(part, rng.choice([*tasks, *twice], max(1, tokens // own)), rng, own)
-    if recall == 0:  # plain training; -1 marks answers on the way
+    if recall == 0:
         marked = batch.answer.masked_fill(came_back(batch, part), -1)
         return replace(batch, answer=marked), torch.zeros(len(marked), 0)
     return batch, words_to_recall(batch, part, rng, recall if done >= 0.25 else 0.0)
