@@ -68,7 +68,7 @@ class KVCache:
         self.alive = torch.zeros(B, K, 0, dtype=torch.bool, device=keys.device)
         self.state, self.seen = {}, 0
         self.ragged = False  # some slot is dead
-        self.last = None  # inputs of the newest tokens, to smear
+        self.last = None  # inputs of the three newest tokens, to smear
 
     def append(self, keys, values):
         """Add T new slots, keys and values (B,K,T,D), on the right."""
@@ -82,16 +82,15 @@ class KVCache:
             self.state[name] = torch.cat([x, x.new_zeros(B, K, T, *x.shape[3:])], dim=2)
         self.seen += T
 
-    def with_last(self, x, n):
-        """x (B,T,C) after the n inputs before it (zeros at the start); remembers the last n:
-        (B,n+T,C)."""
-        x = F.pad(x, (0, 0, n, 0)) if self.last is None else torch.cat([self.last, x], dim=1)
-        self.last = x[:, -n:].clone()  # not a view, which would keep all of x
+    def with_last(self, x):
+        """Inputs x (B,T,C) after the three before them, zeros at the start: (B,3+T,C)."""
+        x = F.pad(x, (0, 0, 3, 0)) if self.last is None else torch.cat([self.last, x], dim=1)
+        self.last = x[:, -3:].clone()  # not a view, which would keep all of x
         return x
 
     def evict(self, keep):
-        """Forget every slot outside `keep` (B,K,S) bool. Memory shrinks to the largest number of
-        survivors; a head or row that keeps fewer is padded with dead slots on the left."""
+        """Forget all slots outside `keep` (B,K,S) bool. Memory shrinks to the largest number of
+        survivors; a head or row that keeps fewer has dead slots on its left."""
         keep = keep & self.alive
         B, K, S = keep.shape
         fewest, most = torch.stack(keep.sum(-1).aminmax()).tolist()  # one wait for the device
@@ -103,23 +102,20 @@ class KVCache:
         first = torch.arange(0, B * K * S, S, device=keep.device).view(B, K, 1)
         survivors = (first + (place - 1).clamp(min=0)).flatten()  # among all slots (B K S)
 
-        def take(x):
-            """x (B,K,S,...) -> (B,K,most,...), whole slots at once: faster than gather."""
-            return x.flatten(0, 2).index_select(0, survivors).unflatten(0, (B, K, most))
-
-        self.keys, self.values, self.positions = map(take, (self.keys, self.values, self.positions))
-        self.state = {name: take(x) for name, x in self.state.items()}
+        # whole slots at once: faster than gather
+        self.each(lambda x: x.flatten(0, 2).index_select(0, survivors).unflatten(0, (B, K, most)))
         self.alive, self.ragged = place > 0, fewest < most
 
     def repeat(self, times):
         """Stack `times` copies of all rows, one below the other."""
-        def copies(x):
-            return x.repeat(times, *[1] * (x.dim() - 1))
+        self.each(lambda x: torch.cat([x] * times))
+        self.last = None if self.last is None else torch.cat([self.last] * times)
 
-        self.keys, self.values = copies(self.keys), copies(self.values)
-        self.positions, self.alive = copies(self.positions), copies(self.alive)
-        self.state = {name: copies(x) for name, x in self.state.items()}
-        self.last = None if self.last is None else copies(self.last)
+    def each(self, f):
+        """Put f(x) in the place of all x (B,K,S,...)."""
+        for name in ("keys", "values", "positions", "alive"):
+            setattr(self, name, f(getattr(self, name)))
+        self.state = {name: f(x) for name, x in self.state.items()}
 
 
 def kept(cache):
@@ -205,7 +201,7 @@ class Attention(nn.Module):
         K, g, D = self.sizes
         v = self.wv(x).view(B, T, K, D).transpose(1, 2)  # (B,K,T,D)
         if self.smear:
-            x = cache.with_last(x, 3)  # (B,3+T,C)
+            x = cache.with_last(x)  # (B,3+T,C)
         q = self.wq(x).view(B, -1, K, g, D).permute(0, 2, 3, 1, 4)  # (B,K,g,T,D), 3 more to smear
         k = self.wk(x).view(B, -1, K, D).transpose(1, 2)  # (B,K,T,D), 3 more to smear
         if self.smear:
@@ -360,87 +356,74 @@ def read_with_holes(gpt, tokens, draw):
     return torch.cat(hidden, dim=1), [torch.cat(own, dim=1) for own in zip(*heads)], cache
 
 
-def recall_loss(gpt, heads, recall, who):
-    """Cross-entropy of words to recall, (places,). recall (N,n): a word, -1 elsewhere. At each
-    place one KV head, who (N,n), counted from the middle layer on, must name the word by what it
-    alone reads from the cache: heads [(N,n,H D)] of each layer. The GPT itself only predicts
-    text."""
+def recall_loss(gpt, heads, recall, draw):
+    """Mean cross-entropy of each prompt's words to recall, (N,). recall (N,n): a word, -1 elsewhere.
+    At each place one KV head, drawn from those of the upper half of the layers, must name the word
+    by what it alone reads of the cache: heads [(N,n,H D)] of each layer. The GPT itself only
+    predicts text."""
     c, at = gpt.config, recall >= 0
-    width = c.n_head // c.n_kv_head * c.head_dim  # columns of wo that a KV head writes by
-    named, number = 0.0, 0
-    for i in range(c.n_layer // 2, c.n_layer):
-        wo = gpt.layers[i].attention.wo.weight
-        for k in range(c.n_kv_head):
-            own = slice(k * width, (k + 1) * width)
-            named = named + (heads[i][..., own] @ wo[:, own].T) * (who == number)[..., None]
-            number += 1
-    return F.cross_entropy(gpt.output(gpt.norm(named[at])), recall[at], reduction="none")
+    layers, K = range(c.n_layer // 2, c.n_layer), c.n_kv_head
+    who, named = (draw(recall.shape[1]) * (len(layers) * K)).long(), 0.0  # (N,n), (N,n,C)
+    width = c.n_head // K * c.head_dim  # columns of wo that a KV head writes by
+    for number in range(len(layers) * K):
+        i, own = layers[number // K], slice(number % K * width, (number % K + 1) * width)
+        wrote = heads[i][..., own] @ gpt.layers[i].attention.wo.weight[:, own].T
+        named = named + wrote * (who == number)[..., None]
+    loss = F.cross_entropy(gpt.output(gpt.norm(named[at])), recall[at], reduction="none")
+    return prompt_mean(loss, at)
 
 
-def prompt_mean(loss, where):
-    """Mean of loss (M,) over the places of each prompt: where (N,L) bool has M. -> (N,)"""
-    total = torch.zeros(len(where), device=loss.device)
-    return total.index_add(0, where.nonzero()[:, 0], loss.float()) / where.sum(1).clamp(min=1)
-
-
-def text_places(answer, draw):
-    """Where text is predicted, of prompts with answer (N,L-1): (N,L-1) bool. The vocabulary is the
-    dearest part of so small a GPT: an eighth of the text is enough; of the line ends after the last
-    answer nothing."""
-    before_end = (answer > 0).flip(1).cumsum(1).flip(1) > 0
-    return (answer == 0) & before_end & (draw(answer.shape[1]) < 0.125)
+def prompt_mean(values, where):
+    """Mean of the values (M,) over each prompt's places: where (N,L) bool has M. -> (N,)"""
+    total = torch.zeros(len(where), device=values.device)
+    return total.index_add(0, where.nonzero()[:, 0], values.float()) / where.sum(1).clamp(min=1)
 
 
 def losses(gpt, batch, recall, draw):
     """Losses of N prompts, (N,) each: mean cross-entropy of a prompt's answers, of an eighth of its
-    other tokens, and of the words to recall; and the share of its answer tokens that are right.
-    recall (N,L-1): see `recall_loss`. draw(*shape): uniform random numbers (N,*shape)."""
-    c, n, inputs = gpt.config, batch.context, batch.inputs()
-    hidden, heads, cache = read_with_holes(gpt, inputs[:, :n], draw)
-    hidden = torch.cat([hidden, gpt.hidden(inputs[:, n:-1], cache)[0]], dim=1)  # (N,L-1,C)
-    recall = recall[:, :n]
-    asked = (c.n_layer - c.n_layer // 2) * c.n_kv_head  # heads that may be asked
-    who = (draw(n) * asked).long().masked_fill(recall < 0, -1)  # (N,n)
-    recalled = recall_loss(gpt, heads, recall, who)
-    answer, target = batch.answer[:, 1:] > 0, batch.tokens[:, 1:]  # (N,L-1) each
-    text = text_places(batch.answer[:, 1:], draw)  # (N,L-1)
-    right = gpt.output(hidden[answer])  # (M,V)
-    answers = F.cross_entropy(right, target[answer], reduction="none")
-    texts = F.cross_entropy(gpt.output(hidden[text]), target[text], reduction="none")
-    return (prompt_mean(answers, answer), prompt_mean(texts, text),
-            prompt_mean(recalled, recall >= 0),
-            prompt_mean(right.argmax(-1) == target[answer], answer))
+    other tokens, and of its words to recall; and the share of its answer tokens that are right.
 
-
-def plain_losses(gpt, batch, draw):
-    """As `losses`, of a GPT that reads its prompts in one go: no holes, nothing to recall. Instead
-    of words to recall, answers on the way: the places of a context where `answer` is -1."""
-    hidden = gpt.hidden(batch.inputs()[:, :-1])[0]  # (N,L-1,C)
+    recall (N,L-1): words to recall, -1 elsewhere. A plain GPT, for which it is (N,0), reads its
+    prompts in one go, without holes; its third loss is that of answers on the way, where
+    batch.answer is -1. draw(*shape): uniform random numbers (N,*shape)."""
+    n, inputs, plain = batch.context, batch.inputs(), recall.shape[1] == 0
+    if plain:
+        hidden = gpt.hidden(inputs[:, :-1])[0]  # (N,L-1,C)
+    else:
+        hidden, heads, cache = read_with_holes(gpt, inputs[:, :n], draw)
+        hidden = torch.cat([hidden, gpt.hidden(inputs[:, n:-1], cache)[0]], dim=1)
+        recalled = recall_loss(gpt, heads, recall[:, :n], draw)
     answer, target = batch.answer[:, 1:], batch.tokens[:, 1:]  # (N,L-1) each
-    places = answer > 0, text_places(answer, draw), answer < 0  # (N,L-1) bool each, M places
-    logits = [gpt.output(hidden[where]) for where in places]  # (M,V)
-    means = [prompt_mean(F.cross_entropy(x, target[where], reduction="none"), where)
-             for x, where in zip(logits, places)]
-    return *means, prompt_mean(logits[0].argmax(-1) == target[places[0]], places[0])
+    # an eighth of the text is enough: the vocabulary is the costliest part of so small a GPT
+    text = (answer == 0) & (draw(answer.shape[1]) < 0.125)
+    text &= (answer > 0).flip(1).cumsum(1).flip(1) > 0  # not the line ends after the last answer
+
+    def predicted(where):
+        """Mean cross-entropy, and share that is right, of each prompt's tokens at places (N,L-1)."""
+        logits = gpt.output(hidden[where])  # (M,V)
+        loss = F.cross_entropy(logits, target[where], reduction="none")
+        return prompt_mean(loss, where), prompt_mean(logits.argmax(-1) == target[where], where)
+
+    (answers, right), (texts, _) = predicted(answer > 0), predicted(text)
+    if plain:
+        recalled, _ = predicted(answer < 0)
+    return answers, texts, recalled, right
 
 
 def gradient(gpt, batch, recall, seed, rows, precision):
-    """Add the gradient of some rows (n,) of a batch, with noise that does not depend on which;
-    their losses, (4,n)."""
-    own, generator = batch.each(lambda x: x[rows]), torch.Generator(rows.device).manual_seed(seed)
+    """Add the gradient of some rows (n,) of a batch; their `losses`, (4,n)."""
+    generator = torch.Generator(rows.device).manual_seed(seed)
 
     def draw(*shape):
-        """Uniform random numbers (n,*shape): those of all rows are drawn, so that each keeps its
-        own."""
+        """Uniform random numbers (n,*shape). Those of all rows are drawn, so that a row's do not
+        depend on which others are read with it."""
         return torch.rand(len(recall), *shape, generator=generator, device=rows.device)[rows]
 
     with precision:
-        if recall.shape[1]:
-            answers, text, recalled, right = losses(gpt, own, recall[rows], draw)
-        else:  # a plain GPT
-            answers, text, recalled, right = plain_losses(gpt, own, draw)
-    ((answers + 0.5 * text + recalled).sum() / len(recall)).backward()
-    return torch.stack([answers, text, recalled, right]).detach()
+        found = losses(gpt, batch.each(lambda x: x[rows]), recall[rows], draw)
+    answers, texts, recalled, _ = found
+    ((answers + 0.5 * texts + recalled).sum() / len(recall)).backward()
+    return torch.stack(found).detach()
 
 
 class Muon(torch.optim.Optimizer):
