@@ -1,15 +1,14 @@
-"""A GPT in the form of Llama 3, with a key/value cache that anyone can print and cut.
+"""A GPT in the form of Llama 3, with a key/value cache of plain tensors.
 
-Read in this order:
   1. GPTConfig       the sizes
   2. KVCache         what a layer remembers of the tokens it read; slots are appended and evicted
   3. attend          attention over the cache: written out where its weights are wanted, else fused
   4. GPT             rotary positions, grouped-query attention, SwiGLU, RMSNorm; named as by Meta
-  5. losses, train   Muon and AdamW, on prompts that somebody else draws
+  5. losses, train   Muon and AdamW, on prompts from data.py
   6. read, generate  a prompt in blocks; after each a manager says which slots stay; then answers
 
 Letters: B rows, H query heads, K key/value heads, g = H / K query heads for each, T new tokens, S
-slots in a layer's cache (survivors and the T new ones), D width of a head, C width of the model, V
+slots in a layer's cache (the T new ones are the last), D width of a head, C width of the model, V
 vocabulary.
 """
 
@@ -28,8 +27,7 @@ from tqdm import tqdm
 
 @dataclass
 class GPTConfig:
-    """The sizes of a GPT; the defaults are those of the CPU preset. A real Llama 3 has smear
-    off."""
+    """The sizes of a GPT; the defaults are those of the CPU preset."""
     vocab_size: int = 2048
     n_layer: int = 3
     n_head: int = 4
@@ -42,7 +40,7 @@ class GPTConfig:
     rope_scaling: tuple = ()  # of Llama 3.1: factor, low and high frequency factor, trained length
     norm_eps: float = 1e-5
     tied: bool = True  # the output layer is the embedding
-    smear: bool = True  # keys and queries mix in those just before; off in Llama
+    smear: bool = True  # keys and queries mix in those of the three tokens before; off in Llama
     n_vector: int = 0  # width of the vector that a token may carry, such as a patch of a picture
 
 
@@ -52,12 +50,10 @@ class KVCache:
     """What one layer remembers: for each row and KV head, S slots, oldest first.
 
     keys (B,K,S,D), before rotation    values (B,K,S,D)    positions (B,K,S), in the text
-    alive (B,K,S) bool: heads and rows may keep different numbers of slots. Dead padding on the left
-        fills up, and no query sees it
-    state {name: (B,K,S,...)}: what a manager remembers of each slot; it travels with the slot, and
-        is zero for a new one
-    renumber: keys are rotated to their place in the cache (the survivors close ranks), instead of
-        their place in the text
+    alive (B,K,S) bool: a head or row that keeps fewer slots than others has dead ones, which no
+        query sees, on its left
+    state {name: (B,K,S,...)}: what a manager remembers of each slot; zero for a new one
+    renumber: keys are rotated to their place in the cache, instead of their place in the text
     """
 
     def __init__(self, keys, renumber=False):
@@ -67,7 +63,7 @@ class KVCache:
         self.positions = torch.zeros(B, K, 0, dtype=torch.long, device=keys.device)
         self.alive = torch.zeros(B, K, 0, dtype=torch.bool, device=keys.device)
         self.state, self.seen = {}, 0
-        self.ragged = False  # some slot is dead
+        self.ragged = False  # whether a slot is dead
         self.last = None  # inputs of the three newest tokens, to smear
 
     def append(self, keys, values):
@@ -89,8 +85,8 @@ class KVCache:
         return x
 
     def evict(self, keep):
-        """Forget all slots outside `keep` (B,K,S) bool. Memory shrinks to the largest number of
-        survivors; a head or row that keeps fewer has dead slots on its left."""
+        """Forget all slots outside `keep` (B,K,S) bool; memory shrinks to the largest number of
+        slots that a head of a row keeps."""
         keep = keep & self.alive
         B, K, S = keep.shape
         fewest, most = torch.stack(keep.sum(-1).aminmax()).tolist()  # one wait for the device
@@ -119,8 +115,8 @@ class KVCache:
 
 
 def kept(cache):
-    """Share of the tokens read that is alive in a cache (a list, a KVCache for each layer): mean
-    over layers and heads, (B,)."""
+    """Share of the tokens read that is alive in a cache [KVCache of each layer]: mean over layers
+    and heads, (B,)."""
     alive = sum(layer.alive.sum((1, 2)) for layer in cache)  # (B,)
     return alive.double() / (len(cache) * cache[0].alive.shape[1] * max(1, cache[0].seen))
 
@@ -128,15 +124,14 @@ def kept(cache):
 # --- 3. Attention over the cache -----------------------------------------------------------------
 
 def attend(q, k, v, alive=None):
-    """Causal attention of the T newest tokens over S slots, written out: its weights are what a
-    manager looks at.
+    """Causal attention of the T newest tokens over S slots, written out, since a manager looks at
+    its weights.
 
     q (B,K,g,T,D), k and v (B,K,S,D), alive (B,K,S) bool, or None when no slot is dead. Returns the
-    output (B,K,g,T,D) and what each slot received: softmax weights, mean over the group's query
-    heads, (B,K,T,S)."""
+    output (B,K,g,T,D), and the softmax weights, mean over a group's query heads, (B,K,T,S)."""
     B, K, g, T, D = q.shape
     S = k.shape[2]
-    if T > 64:  # in pieces: scores that stay in a processor's cache, none for slots after a piece
+    if T > 64:  # in pieces: scores that fit a processor's cache, and none for slots after a piece
         out, received = torch.empty_like(q), q.new_zeros(B, K, T, S, dtype=torch.float)
         for i in range(0, T, 64):
             own, n = slice(i, i + 64), S - max(0, T - i - 64)
@@ -145,8 +140,7 @@ def attend(q, k, v, alive=None):
         return out, received
     mask = torch.full((T, S), -math.inf, device=q.device).triu(S - T + 1).repeat(g, 1)  # (gT,S)
     if alive is not None:
-        dead = torch.zeros(B * K, 1, S, device=q.device)
-        mask = mask + dead.masked_fill_(~alive.view(B * K, 1, S), -math.inf)
+        mask = mask + torch.where(alive, 0.0, -math.inf).view(B * K, 1, S)  # (B K,gT,S)
     q, k, v = q.reshape(B * K, g * T, D), k.reshape(B * K, S, D), v.reshape(B * K, S, D)
     scores = torch.baddbmm(mask.to(q.dtype), q, k.mT, alpha=D ** -0.5)  # (B K,gT,S)
     weights = scores.float().softmax(-1)
@@ -155,7 +149,7 @@ def attend(q, k, v, alive=None):
 
 
 def attend_fused(q, k, v, alive=None):
-    """The output of `attend`, by PyTorch's own kernel, which shows no weights."""
+    """The output of `attend` by PyTorch's own kernel, and None, since that shows no weights."""
     B, K, g, T, D = q.shape
     S = k.shape[2]
     if S == T and alive is None:
@@ -171,7 +165,8 @@ def attend_fused(q, k, v, alive=None):
 
 
 def rotate(x, turns):
-    """Rotary positions: neighbours in x (...,D) are a complex number, times its turn (...,D/2)."""
+    """Rotary positions: two neighbours in x (...,D) are a complex number, and are multiplied by
+    their turn (...,D/2)."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (...,D/2)
     return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
@@ -195,8 +190,8 @@ class Attention(nn.Module):
             self.q_taps = nn.Parameter(torch.eye(4)[apart].repeat(K, 1))  # (H,4)
 
     def forward(self, x, table, cache, want=None):
-        """x (B,T,C), table: the turns of all positions. Appends to the cache. Returns what the
-        layer adds, (B,T,C), and what `GPT.hidden` says of `want`."""
+        """x (B,T,C), table: the turns of all positions. Appends to the cache. Returns what is added
+        to x, (B,T,C), and what is wanted, see `GPT.hidden`."""
         B, T, _ = x.shape
         K, g, D = self.sizes
         v = self.wv(x).view(B, T, K, D).transpose(1, 2)  # (B,K,T,D)
@@ -263,18 +258,18 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=config.n_embd ** -0.5)
         if config.smear:
             # Queries start equal to keys: heads attend at once to tokens like this one, or like the
-            # one, two or three before it. No two start alike: they would get the same gradient.
+            # one, two or three before it. No two are equal: they would get the same gradient.
             for layer in self.layers:
                 K, g, _ = layer.attention.sizes
                 keys = layer.attention.wk.weight.data.view(K, 1, -1)
                 layer.attention.wq.weight.data.view(K, g, -1)[:, :4] = keys
-            # in the last layer keys start as those of the token before: there facts are found
+            # in the last layer, which finds facts, keys start as those of the token before
             self.layers[-1].attention.k_taps.data = torch.eye(4)[1:2].repeat(config.n_kv_head, 1)
         if config.tied:
             self.output.weight = self.tok_embeddings.weight
 
     def new_cache(self, rows, renumber=False):
-        """An empty cache for `rows` rows: a list with a KVCache for each layer."""
+        """An empty cache for `rows` rows, [KVCache of each layer]."""
         c, weight = self.config, self.tok_embeddings.weight
         empty = weight.new_zeros(rows, c.n_kv_head, 0, c.head_dim)
         return [KVCache(empty, renumber) for _ in self.layers]
@@ -305,10 +300,9 @@ class GPT(nn.Module):
         return self.tok_embeddings(tokens[..., 0].long()) + self.vectors(tokens[..., 1:])
 
     def hidden(self, tokens, cache=None, want=None):
-        """tokens, see `embedded` -> (B,T,C), which the output layer reads; with a cache they follow
-        those that it has seen. And a list, of each layer: None, or what is wanted of it:
-        "attention", what each slot received, (B,K,T,S); "heads", what its heads read of the cache,
-        (B,T,H D)."""
+        """tokens, see `embedded`, after those that the cache has seen -> the output layer's input
+        (B,T,C), and a list with what is wanted of each layer, or None: "attention", its weights,
+        (B,K,T,S); "heads", what its heads read of the cache, (B,T,H D)."""
         cache, noted = cache or self.new_cache(len(tokens), renumber=True), []
         x, table = self.embedded(tokens), self.rotary_table(tokens.shape[1] + cache[0].seen)
         for layer, own in zip(self.layers, cache):
@@ -338,8 +332,8 @@ def summed(x):
 
 
 def read_with_holes(gpt, tokens, draw):
-    """Read contexts (N,n) in two halves. After either each prompt forgets a random share of its
-    slots, mostly a large one, in all layers but the last, where facts are found: so the GPT has met
+    """Read contexts (N,n) in two halves. After each, all layers but the last, which finds facts,
+    forget a random share of each prompt's slots, mostly a large one: so the GPT learns to read
     caches with holes. -> hidden states (N,n,C), head outputs [(N,n,H D)] of each layer, and the
     cache."""
     n, K = tokens.shape[1], gpt.config.n_kv_head
@@ -348,8 +342,8 @@ def read_with_holes(gpt, tokens, draw):
         x, read_of_cache = gpt.hidden(half, cache, "heads")
         hidden.append(x)
         heads.append(read_of_cache)
-        for layer in cache[:-1]:  # a share of its own for each prompt, layer
-            luck = draw(K, n).gather(2, layer.positions)  # (N,K,S), of a token wherever it now is
+        for layer in cache[:-1]:
+            luck = draw(K, n).gather(2, layer.positions)  # (N,K,S), of the slots' tokens
             keep = luck < draw(1, 1) ** 3  # half of the time an eighth or less stays
             keep[..., -1] = True
             layer.evict(keep)
@@ -357,10 +351,9 @@ def read_with_holes(gpt, tokens, draw):
 
 
 def recall_loss(gpt, heads, recall, draw):
-    """Mean cross-entropy of each prompt's words to recall, (N,). recall (N,n): a word, -1 elsewhere.
-    At each place one KV head, drawn from those of the upper half of the layers, must name the word
-    by what it alone reads of the cache: heads [(N,n,H D)] of each layer. The GPT itself only
-    predicts text."""
+    """Mean cross-entropy of each prompt's words to recall, (N,). recall (N,n): a word, or -1. At
+    each place one KV head, drawn from the upper half of the layers, must name the word by what it
+    alone reads of the cache: heads [(N,n,H D)] of each layer. The GPT itself only predicts text."""
     c, at = gpt.config, recall >= 0
     layers, K = range(c.n_layer // 2, c.n_layer), c.n_kv_head
     who, named = (draw(recall.shape[1]) * (len(layers) * K)).long(), 0.0  # (N,n), (N,n,C)
@@ -399,7 +392,7 @@ def losses(gpt, batch, recall, draw):
     text &= (answer > 0).flip(1).cumsum(1).flip(1) > 0  # not the line ends after the last answer
 
     def predicted(where):
-        """Mean cross-entropy, and share that is right, of each prompt's tokens at places (N,L-1)."""
+        """Of the tokens at places (N,L-1): mean cross-entropy, share that is right, (N,) each."""
         logits = gpt.output(hidden[where])  # (M,V)
         loss = F.cross_entropy(logits, target[where], reduction="none")
         return prompt_mean(loss, where), prompt_mean(logits.argmax(-1) == target[where], where)
@@ -427,45 +420,44 @@ def gradient(gpt, batch, recall, seed, rows, precision):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix is made orthogonal before it is a step (Jordan 2024). As
-    torch.optim.Muon, which computes in bfloat16 on any device: slow on a CPU without such
-    instructions."""
+    """Momentum, made orthogonal before it is a step (Jordan 2024). As torch.optim.Muon, but that
+    always computes in bfloat16, which is slow on many CPUs."""
 
-    def __init__(self, matrices, lr=0.0, momentum=0.95):
-        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+    def __init__(self, matrices, lr=0.0):
+        super().__init__(matrices, {"lr": lr})
         for p in matrices:
             self.state[p]["average"] = torch.zeros_like(p)  # of its gradients
 
     @torch.no_grad()
     def step(self):
         """Move each matrix, by its gradient."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                average, tall = self.state[p]["average"], len(p) > p.shape[1]
-                average.lerp_(p.grad, 1 - group["momentum"])
-                x = p.grad.lerp(average, group["momentum"])  # Nesterov's
-                x = (x.T if tall else x) / x.norm().clamp(min=1e-7)
-                for _ in range(5):  # all singular values go to about 1
-                    gram = x @ x.T
-                    x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-                p.sub_(x.T if tall else x, alpha=group["lr"] * max(1, len(p) / p.shape[1]) ** 0.5)
+        [group] = self.param_groups
+        for p in group["params"]:
+            average, tall = self.state[p]["average"], len(p) > p.shape[1]
+            average.lerp_(p.grad, 0.05)
+            x = p.grad.lerp(average, 0.95)  # Nesterov momentum
+            x = (x.T if tall else x) / x.norm().clamp(min=1e-7)
+            for _ in range(5):  # all singular values go to about 1
+                gram = x @ x.T
+                x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+            p.sub_(x.T if tall else x, alpha=group["lr"] * max(1, len(p) / p.shape[1]) ** 0.5)
 
 
 def train(gpt, batches, steps, lr, precision, at_once, state=None, keep=None):
-    """Train the matrices of the layers by Muon, all else by AdamW: a short warm-up, then a straight
-    decay to 5 %.
+    """Train the matrices of the layers with Muon, all else with AdamW: a short warm-up, then a
+    linear decay to 5 %.
 
-    `batches` gives for each step to come its prompts, a Batch of tokens (N,L) and answer (N,L);
-    words to recall (N,L-1); and a seed: the same in all processes, each of which takes its rows, at
-    most `at_once` tokens at a time. precision: a context to compute the loss in. keep(state) is
-    called every 100 steps; from there, and the batches from its `step` on, training goes on to the
-    same bits. Raises FloatingPointError when the loss is no number any more."""
+    batches: of each step to come, (data.Batch of N prompts, words to recall, seed), the same in all
+    processes; each trains on its own rows, at most `at_once` tokens at a time. precision: the
+    context to compute in. keep(state) is called every 100 steps; with that state, and the batches
+    from state["step"] on, training goes on to the same bits. Raises FloatingPointError when the
+    gradient is not finite any more."""
     named = gpt.layers.named_parameters()
     matrices = [p for name, p in named if p.dim() == 2 and "taps" not in name]
     others = [p for p in gpt.parameters() if not any(p is matrix for matrix in matrices)]
     muon = Muon(matrices)
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
-    (rank, size), device, accuracy = world(), matrices[0].device, {}
+    (rank, size), device = world(), matrices[0].device
     first, saved = state["step"] if state else 0, {"model": gpt, "muon": muon, "adamw": adamw}
     for name in saved if state else ():
         saved[name].load_state_dict(state[name])
@@ -490,19 +482,15 @@ def train(gpt, batches, steps, lr, precision, at_once, state=None, keep=None):
                 optimizer.step()
             optimizer.zero_grad()
         if step % 10 == 0:  # to print costs a wait for the device
-            loss, text, _, right = torch.cat(done, dim=1)  # (rows of this process,) each
-            for task, share in zip(batch.tasks[rank::size], right.tolist()):
-                accuracy[task] = 0.9 * accuracy.get(task, share) + 0.1 * share
-            shares = " ".join(f"{task} {share:.2f}" for task, share in sorted(accuracy.items()))
-            bar.set_postfix_str(f"length {L} loss {loss.mean().item():.2f} text "
-                                f"{text.mean().item():.2f} right {shares}")
+            loss, text, _, right = torch.cat(done, dim=1).mean(1).tolist()
+            bar.set_postfix_str(f"length {L} loss {loss:.2f} text {text:.2f} right {right:.2f}")
 
 
 # --- 6. Reading a prompt in blocks, and writing on -----------------------------------------------
 
 def evict(cache, attention, manage, observe=None):
-    """Evict from all layers what manage(cache, attention) says; before that observe(cache, scores,
-    keep) may look on. See `read`."""
+    """Evict from all layers what manage(cache, attention) says, after a look by observe; see
+    `read`."""
     scores, keep = manage(cache, attention)
     if observe:
         observe(cache, scores, keep)
@@ -513,12 +501,11 @@ def evict(cache, attention, manage, observe=None):
 @torch.no_grad()
 def read(gpt, tokens, cache, delay, manage=None, begun=None, observe=None):
     """Read tokens (B,T) into the cache, in blocks that end where the tokens seen are a multiple of
-    `delay`. After each whole block manage(cache, attention) -> (scores, keep), [(B,K,S)] of each
-    layer, says which slots stay; attention [(B,K,T,S)] is what all the block's tokens paid, in
-    however many calls they came. `begun`: that of a block which an earlier call has begun.
-    observe(cache, scores, keep) may look on. Returns the last block's hidden states, and the
-    attention of a block begun."""
-    ends = range(delay - cache[0].seen % delay, tokens.shape[1], delay)  # without the last block's
+    `delay`. After each whole block manage(cache, attention) -> (scores, keep), [(B,K,S)] each, says
+    which slots stay, and observe(cache, scores, keep) may look on; attention [(B,K,T,S)] is what
+    the block's T tokens paid. A block may come in several calls: `begun` is the attention of what
+    came before. Returns the last block's hidden states, and the attention of a block begun."""
+    ends = range(delay - cache[0].seen % delay, tokens.shape[1], delay)  # of all but the last
     for block in tokens.tensor_split(list(ends), dim=1):
         hidden, attention = gpt.hidden(block, cache, "attention" if manage else None)
         if begun and manage:  # until the block ends the cache only grows
@@ -535,9 +522,8 @@ def read(gpt, tokens, cache, delay, manage=None, begun=None, observe=None):
 
 @torch.no_grad()
 def generate(gpt, tokens, count, delay, manage=None, renumber=False):
-    """Greedy continuation of tokens (B,T) by `count` tokens, (B,count). The cache is managed while
-    the prompt is read and while the answer is written, whenever the tokens seen are a multiple of
-    `delay`."""
+    """Greedy continuation of tokens (B,T) by `count` tokens, (B,count). The cache is managed, see
+    `read`, while the prompt is read and while the answer is written."""
     cache, begun, written = gpt.new_cache(len(tokens), renumber), None, []
     for _ in range(count):
         hidden, begun = read(gpt, tokens, cache, delay, manage, begun)

@@ -10,13 +10,12 @@ After Cetin, Sun, Zhao, Tang: An Evolved Universal Transformer Memory, ICLR 2025
   5. stays            a token below zero leaves that head's cache; of the others the best stay
   6. RULES            hand-made rules behind the same interface
 
-This file knows nothing of the GPT. It sees attention, and each layer's cache: `positions`, `alive`,
-`keys`, `values`, `seen`, and `state`, where a manager keeps what it remembers of each slot. (Where
-heads keep different numbers of slots, dead ones, not `alive`, fill up on the left.)
-Letters: P candidates (parameter vectors), B rows = P x prompts, candidate-major (all prompts of the
-first candidate, then all of the second), K key/value heads, T tokens of the last block, S slots in
-the cache, F frequency bins. All layers are judged in one call, since small tensors are slow: their
-slots stand side by side in S, `sizes` of each layer.
+This file knows nothing of the GPT. It sees attention, and of each layer a `model.KVCache`, in whose
+`state` it keeps what it remembers of each slot. All layers are judged in one call, since many small
+tensors are slow: their slots stand side by side in S.
+Letters: P candidates (parameter vectors), B rows = P x prompts (all prompts of the first candidate,
+then all of the second), K key/value heads, T tokens of the last block, S slots in the cache, F
+frequency bins.
 """
 
 from functools import lru_cache
