@@ -74,8 +74,8 @@ def cut(text, most):
 
 
 def deal(texts, saved=None):
-    """Cut documents into pieces and deal these to the parts of SHARES; of equal pieces one is dealt.
-    Returns {part: [piece]}, and a record: "piece", the most characters of a piece (a text makes
+    """Cut documents into pieces and deal these to the parts of SHARES, of equal pieces one. Returns
+    {part: [piece]}, and a record: "piece", the most characters of a piece (a text makes
     about 500); "split", {digest of a piece: its part}; "fingerprint" of the whole text. saved: the
     record of a run; its pieces go to the same parts again, and only new ones are dealt."""
     size = sum(map(len, texts))
@@ -273,8 +273,8 @@ def make_parts(texts, encoding, longest, words=None):
 
 
 def function_names(texts, encoding):
-    """{part: [[token]]}: names of Python functions in each part's text, at most 500, each of at most
-    four tokens and of one part only."""
+    """{part: [[token]]}: names of functions in each part's text, at most 500, each of at most four
+    tokens, and of one part only."""
     names, taken = {}, set()
     for part in ("report", "choose", "evolve", "train"):
         found = set(re.findall(r"\bdef (\w+)\(", "\n".join(texts[part]))) - taken

@@ -25,17 +25,15 @@ from torch.nn.functional import avg_pool1d, scaled_dot_product_attention
 
 N_FFT, HOP = 32, 16  # samples in a window, and from one window to the next
 F = N_FFT // 2 + 1  # 17 frequency bins
-MEMORY = 0.99 ** 512  # what a block leaves of all before it in the moving average: the paper's
-                      # 0.99 a token over its 512; shorter blocks forget as much
-# both: beside it a slow one, of about ten blocks, which is not in the paper
-MEMORIES = {"block": (MEMORY,), "both": (MEMORY, 0.9)}
+MEMORY = 0.99 ** 512  # weight that a block leaves to all before it; the paper's blocks are of 512
+MEMORIES = {"block": (MEMORY,), "both": (MEMORY, 0.9)}  # the second, slower, is not in the paper
 N_AGE = 8  # features of a token's age
 N_IN = N_AGE + F  # 25 features a token
 WIDTH = 32  # of the backward attention
 
 
 def shapes(n_in=N_IN):
-    """{name: shape} of the parameters for so many features a token: the flat vector's order."""
+    """{name: shape} of the parameters for n_in features a token, in the order of the vector."""
     return {"Wqkv": (n_in, 3 * WIDTH), "bqkv": (3 * WIDTH,), "Wo": (WIDTH, 2 * n_in),
             "bo": (2 * n_in,), "w": (n_in, 1), "b": (1,)}
 
@@ -46,16 +44,15 @@ N_PARAMS = sum(torch.Size(shape).numel() for shape in SHAPES.values())  # 4172
 
 def namm(params, mean, std, threshold=0.0, capacity=0, shared=False, opened=True, squash=True,
          memories=MEMORIES["block"]):
-    """A manager of a cache: manage(cache, attention) -> (scores, keep), (B,K,S) of each layer.
+    """A manager of a cache: manage(cache, attention) -> (scores, keep), (B,K,S) of each layer. It
+    is called after each block, with the attention [(B,K,T,S)] of the block's T queries.
 
-    params (P,4172), mean and std (F,): statistics of the spectra, frozen (see `statistics`). A
-    manager is called after each block, with the cache of all layers and the attention [(B,K,T,S)]
-    that the block's T queries paid in each. What scores `threshold` or more stays; with a
-    `capacity`, at most so many a head; if `shared`, so many in the mean over all heads of all
-    layers. Three departures from the paper can be undone: capacity, `opened` (see `spectra`) and
-    `squash` (see `features`)."""
+    params (P,4172); mean and std (F,) of the spectra (see `statistics`). Slots that score
+    `threshold` or more stay; with a `capacity`, at most so many a head, or, if `shared`, so many in
+    the mean over all heads of all layers. opened, memories: see `spectra`; squash: see `features`.
+    """
     def manage(cache, attention):
-        """Judge all slots after a block."""
+        """Score all slots after a block."""
         with torch.autocast(mean.device.type, enabled=False):  # float32, whatever the GPT has
             spectrum = spectra(cache, attention, opened, memories)  # (B,K,S,F)
             age = cache[0].seen - 1 - side_by_side(cache, "positions")  # (B,K,S)
@@ -71,7 +68,7 @@ def slots_of_layers(cache):
 
 
 def side_by_side(cache, name):
-    """What the layers' caches hold by a name, (B,K,S) each, in one tensor (B,K,S)."""
+    """This attribute of all layers' caches, (B,K,S) each, in one tensor (B,K,S)."""
     return torch.cat([getattr(layer, name) for layer in cache], dim=2)
 
 
@@ -79,20 +76,17 @@ def side_by_side(cache, name):
 
 @lru_cache
 def fourier(device):
-    """The Fourier matrix under a periodic Hann window: F cosines above 15 sines (of 17 the first
-    and the last are zero), (32,32)."""
+    """The Fourier matrix times a periodic Hann window, (32,32): F cosines, then 15 sines (of the 17
+    the first and the last are zero)."""
     turn = torch.outer(torch.arange(F), torch.arange(N_FFT)) * (2 * torch.pi / N_FFT)  # (F,32)
     return (torch.cat([turn.cos(), turn[1:-1].sin()]) * torch.hann_window(N_FFT)).to(device)
 
 
 def spectrogram(samples):
-    """Short-time Fourier magnitudes of the attention that each slot received: torch.stft, not
-    centred.
+    """Short-time Fourier magnitudes: torch.stft, not centred.
 
-    samples (B,K,N,S): what each slot received from N queries, a multiple of HOP. Returns n = N /
-    HOP - 1 frames, (B,K,n,F,S). A frame's window is 32 queries, of which it shares 16 with the
-    next: with the last 16 of the block before in front, where a text is cut into blocks changes no
-    frame."""
+    samples (B,K,N,S): the attention that each slot received from N queries, a multiple of HOP.
+    Returns n = N / HOP - 1 frames, (B,K,n,F,S), each of 32 queries, 16 of them also in the next."""
     waves = fourier(samples.device) @ samples.unfold(2, N_FFT, HOP).mT  # (B,K,n,32,S)
     cosines, sines = waves.square_().split([F, F - 2], dim=3)
     cosines[..., 1:-1, :] += sines
@@ -102,25 +96,23 @@ def spectrogram(samples):
 # --- 2. Spectrogram -> one spectrum a token (section 3.1) ----------------------------------------
 
 def moving_average(frames, old, gamma):
-    """E = gamma^n * old + the sum over the n frames t of (1 - gamma) * gamma^(n - 1 - t) * frame t.
-
-    frames (B,K,n,F,S), old (B,K,F,S), zero for a new slot -> (B,K,F,S). The start is not
-    corrected."""
+    """After each frame, E = gamma * E + (1 - gamma) * frame. frames (B,K,n,F,S); old: the E before
+    them, (B,K,F,S), zero for a new slot -> (B,K,F,S)."""
     for frame in frames.unbind(2):
-        old = frame.lerp(old, gamma)  # gamma * old + (1 - gamma) * frame
+        old = frame.lerp(old, gamma)
     return old
 
 
 def spectra(cache, attention, opened=True, memories=MEMORIES["block"]):
-    """The spectrum of each slot, (B,K,S,F), after a block with attention [(B,K,T,S)]: the block's
-    frames, averaged with what the cache remembers of a slot in its state "memory", (B,K,S,HOP+F):
-    the last HOP values of its attention, and its spectrum. memories: what a block leaves of all
-    before it; of several, the spectra stand one after the other, (B,K,S,F) each.
+    """The spectrum of each slot, (B,K,S,F), after a block with attention [(B,K,T,S)]: the average
+    of the block's frames and of those before. Each layer's state["memory"] (B,K,S,HOP+F) holds
+    the last HOP values of a slot's attention, and this average. memories: weights that a block
+    leaves to all before it; two of them give two averages, and 2F in place of F.
 
     Not in the paper: a Hann window falls to zero, so complete frames hardly count the newest
-    queries, which know best what will be asked for. If `opened`, the frame that they have opened
-    counts as well, its other half zeros. A token is judged by it, but it is not remembered. In
-    blocks of 32 it is 92 % of a spectrum, the block's last complete frame 7 %, all else 1 %."""
+    queries, which know best what will be asked for. If `opened`, the frame that these have begun
+    counts as well, its other half zeros; it is not remembered. In blocks of 32 it has 92 % of the
+    weight, the last complete frame 7 %."""
     if attention[0].shape[2] > 64 and len(attention) > 1:  # large blocks: faster layer by layer
         each = [spectra([layer], [own], opened, memories) for layer, own in zip(cache, attention)]
         return torch.cat(each, dim=2)
@@ -146,14 +138,15 @@ def spectra(cache, attention, opened=True, memories=MEMORIES["block"]):
 # --- 3. Spectrum and age -> features -------------------------------------------------------------
 
 def asinh(x):
-    """As torch.asinh, in a quarter of its time on a CPU."""
+    """torch.asinh, in a quarter of its time on a CPU."""
     return (x.abs() + (x * x + 1).sqrt_()).log_().copysign_(x)
 
 
 def features(average, age, mean, std, squash=True):
-    """[sin and cos of the age at four speeds, normalised spectrum]: average (B,K,S,F), age (B,K,S)
-    in tokens of the text (newest token 0), mean and std (F,) -> (B,K,S,25). `squash`, not in the
-    paper: asinh tames outliers, since a lone fact draws more attention than evolution ever saw."""
+    """Features (B,K,S,25): sine and cosine of the age at four speeds, and the normalised spectrum.
+
+    average (B,K,S,F); age (B,K,S) in tokens of the text, 0 of the newest; mean and std (F,).
+    squash, not in the paper: asinh tames outliers, such as the attention to the only fact."""
     speed = 50_000.0 ** (-torch.arange(N_AGE // 2, device=age.device) / (N_AGE // 2))
     angle = age[..., None] * speed  # (B,K,S,4)
     z = (average - mean) / std.clamp(min=1e-7)  # (B,K,S,F)
@@ -161,9 +154,8 @@ def features(average, age, mean, std, squash=True):
 
 
 def statistics(totals, opened=True, memories=MEMORIES["block"], spectra=spectra):
-    """A manager that keeps everything and adds up count, sum and sum of squares of the spectra,
-    over rows, heads, slots, layers and blocks, in `totals` (3,F) float64. See `mean_std`. Another
-    f(cache, attention, opened, memories) may stand for `spectra`."""
+    """A manager that keeps everything, and adds the count, the sum and the sum of squares of the
+    spectra to `totals` (3,F) float64; see `mean_std`."""
     def manage(cache, attention):
         """Add the spectra to the totals."""
         with torch.autocast(totals.device.type, enabled=False):
@@ -175,8 +167,7 @@ def statistics(totals, opened=True, memories=MEMORIES["block"], spectra=spectra)
 
 
 def mean_std(totals):
-    """Mean and (biased) standard deviation of each bin from the totals of `statistics`, (F,)
-    each."""
+    """Mean and (biased) standard deviation of the spectra, (F,) each, from such totals."""
     mean, square = totals[1:] / totals[0]
     return mean.float(), (square - mean.square()).clamp(min=0).sqrt().float()
 
@@ -184,20 +175,19 @@ def mean_std(totals):
 # --- 4. Features -> scores: backward attention memory (section 3.2) ------------------------------
 
 def unpack(params, shapes=SHAPES):
-    """params (P,n) -> {name: (P,*shape)}, views, in the order of `shapes`."""
+    """params (P,n) -> {name: (P,*shape)}, views."""
     pieces = params.split([torch.Size(shape).numel() for shape in shapes.values()], dim=1)
     return {name: piece.unflatten(1, shape) for (name, shape), piece in zip(shapes.items(), pieces)}
 
 
 def bam_scores(features, params, sizes):
-    """Scores: below zero, the token goes.
+    """Scores (B,K,S): below zero, the token goes.
 
     features (B,K,S,25), the slots of each layer oldest first, dead ones on the left; params
-    (P,4172), B = P x prompts, candidate-major -> (B,K,S). One head of attention, in which a token
-    sees itself and the newer tokens of its layer: is it redundant, given what came after? With the
-    slots flipped, newest first, that is the ordinary causal mask, and dead slots, now last, are
-    seen by no live one. The layers come in reverse, too. Its output is a residual r and a
-    multiplier m for the features: h = x (1 + m) + r, score = h w + b. """
+    (P,4172); sizes: slots of each layer. One head of attention, in which a token sees itself and
+    the newer tokens of its layer: is it redundant, given what came after? Its output is a residual
+    r and a multiplier m for the features: h = x (1 + m) + r, score = h w + b. With all slots
+    flipped the mask is the ordinary causal one, and no live slot sees a dead one."""
     B, K, S, n_in = features.shape
     p = unpack(params, shapes(n_in))
     x = features.flip(2).reshape(len(params), -1, n_in)  # (P, prompts K S, 25), newest first
@@ -211,8 +201,8 @@ def bam_scores(features, params, sizes):
 
 
 def scale(shapes=SHAPES):
-    """1 / sqrt(number of inputs) of each parameter, (n,): the unit of its steps, so that one sigma
-    fits all. A bias has that of its matrix."""
+    """1 / sqrt(number of inputs) of each parameter, (n,), a bias as its matrix: the unit of its
+    steps, so that one sigma fits all."""
     inputs = {"bqkv": shapes["w"][0], "bo": WIDTH, "b": shapes["w"][0]}
     return torch.cat([torch.full(shape, inputs.get(name, shape[0]) ** -0.5).flatten()
                       for name, shape in shapes.items()])
@@ -221,20 +211,16 @@ def scale(shapes=SHAPES):
 # --- 5. Scores -> who stays ----------------------------------------------------------------------
 
 def best(scores, count):
-    """The `count` highest of each row, or all when there are fewer; among equals the last:
-    (...,n) -> (...,n) bool."""
+    """Where the `count` highest of each row are, among equals the last: (...,n) -> (...,n) bool."""
     order = scores.argsort(dim=-1, stable=True)
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., -count:], True)
 
 
 def stays(cache, scores, threshold, budgets, shared=False):
-    """(scores, who stays), (B,K,S) of each layer, by all layers' scores (B,K,S): of each layer and
-    head the newest, always; and of those that score `threshold` or more the best: in each head of a
-    layer as many as its entry of `budgets` says (0: any number), or, if `shared`, as many in the
-    mean over all heads of all layers.
-
-    Among equals the newer stay, if shared those of upper layers, and equal heads keep the same.
-    Parameters that are all zero score 0 everywhere: then only the budget evicts. NaN is worst."""
+    """(scores, keep), (B,K,S) of each layer, from all layers' scores (B,K,S). Each head keeps its
+    newest slot, and the best of those that score `threshold` or more: as many as its layer's entry
+    of `budgets` (0: any number), or, if `shared`, as many in the mean over all heads of all layers.
+    Among equals the newer stay, if shared those of upper layers. NaN is worst."""
     sizes, alive = slots_of_layers(cache), side_by_side(cache, "alive")
     rank = scores.masked_fill(scores.isnan() | ~alive, -torch.inf)
     rank[..., torch.tensor(sizes).cumsum(0) - 1] = torch.inf  # the newest of each layer
@@ -251,7 +237,7 @@ def stays(cache, scores, threshold, budgets, shared=False):
 # --- 6. Rules: f(a layer's cache, attention (B,K,T,S), budget) -> scores (B,K,S), the higher stay -
 
 def newest(scores, count):
-    """Scores (B,K,S) in which the `count` newest slots stay whatever they had."""
+    """Scores (B,K,S) with those of the `count` newest slots infinite."""
     scores = scores.clone()
     scores[..., max(0, scores.shape[-1] - count):] = torch.inf
     return scores
@@ -268,8 +254,8 @@ def streaming(layer, attention, budget):
 
 
 def h2o(layer, attention, budget):
-    """Heavy hitters (Zhang et al. 2023): the newest half of the budget, and of the rest those that
-    received most attention, summed over every query so far."""
+    """H2O (Zhang et al. 2023): the newest, half of the budget, and those that received most
+    attention, summed over all queries so far."""
     before = layer.state.get("received", torch.zeros_like(layer.positions, dtype=torch.float))
     layer.state["received"] = before + attention.float().sum(2)
     return newest(layer.state["received"], budget // 2)
@@ -282,8 +268,7 @@ def tova(layer, attention, budget):
 
 def snapkv(layer, attention, budget):
     """SnapKV (Li et al. 2024): a window of the newest slots, and what its queries attend to,
-    smoothed over five neighbours. The window is 32 queries, at most half a block and half the
-    budget."""
+    smoothed over five neighbours. The window is 32, at most half a block and half the budget."""
     window = max(1, min(32, attention.shape[2] // 2, budget // 2))
     votes = attention[:, :, -window:].float().mean(2)  # (B,K,S)
     total = avg_pool1d(votes, 5, stride=1, padding=2)
@@ -292,8 +277,7 @@ def snapkv(layer, attention, budget):
 
 
 def recent_attention(layer, attention, budget):
-    """What the queries of the newest half block attend to: ours, written once we knew what evolved
-    vectors keep."""
+    """What the newest half block attends to: ours, written after we saw what NAMM keeps."""
     return attention[:, :, attention.shape[2] // 2:].float().mean(2)
 
 
@@ -301,14 +285,14 @@ RULES = {f.__name__: f for f in (recent, streaming, h2o, tova, snapkv, recent_at
 
 
 def by_rule(rule, budget, pool=False, last=False):
-    """A manager, as `namm` is one, that keeps `budget` slots in each head, the best by a rule of
-    RULES. `pool`: so many in the mean over all heads of all layers. `last`: the same number, but
-    the last layer takes all it can fill, then the one below, and each other head keeps one."""
+    """A manager, as `namm` makes, that keeps the best `budget` slots of each head by a rule. pool:
+    so many in the mean over all heads of all layers. last: the last layer is filled first, then the
+    one below, and so on; each head of the others keeps one."""
     def manage(cache, attention):
         """Keep the best by the rule."""
         n = len(cache)
         budgets = [budget] * n
-        if last:  # the total, less one for each layer below, less all tokens for each above
+        if last:  # of the total: what one for each layer below and all for each above leave
             budgets = [max(1, budget * n - i - (n - 1 - i) * cache[0].seen) for i in range(n)]
         scores = [rule(layer, received, most)
                   for layer, received, most in zip(cache, attention, budgets)]

@@ -780,14 +780,13 @@ def test_of_copies_of_a_text_one_is_dealt():
 
 
 def test_a_folder_is_read_whole(tmp_path):
-    """Catches: capital suffixes and linked folders passed over, a link in a circle that never
-    ends."""
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
+    """Catches: capital suffixes and inner folders passed over, other files read, a link in a circle
+    that never ends."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "ONE.TXT").write_text("one")
-    (tmp_path / "b" / "two.Md").write_text("two")
-    (tmp_path / "a" / "more").symlink_to(tmp_path / "b")
-    (tmp_path / "b" / "round").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "b" / "two.Md").write_text("two")
+    (tmp_path / "a" / "b" / "three.bin").write_text("three")
+    (tmp_path / "a" / "b" / "round").symlink_to(tmp_path / "a")
     assert sorted(data.documents(tmp_path / "a")) == ["one", "two"]
 
 
@@ -1077,7 +1076,7 @@ def test_plain_training_reads_in_one_go_and_counts_what_is_looked_up(parts):
                            128, 1024, 0.0)
     N, L = batch.tokens.shape
     luck = torch.rand(N, L - 1)
-    got = model.plain_losses(gpt, batch, lambda n: luck)
+    got = model.losses(gpt, batch, torch.zeros(N, 0), lambda n: luck)
     for i, (tokens, answer) in enumerate(zip(batch.tokens, batch.answer.tolist())):
         with torch.no_grad():
             logprob = gpt(tokens[None])[0].log_softmax(-1)
@@ -1889,7 +1888,7 @@ def broken(tmp_path_factory, smoke):
         ("tasks", "kv,kv"), ("memory", "slow")]],
     ("--n_head 3 --n_kv_head 2", "n_kv_head"), ("--stages 3 --generations 2", "stages"),
     ("--evolve_on lm --stages 2", "stages"), ("--delay 50", "multiple of 16"),
-    ("--delay 4096", "nothing would ever be evicted"), ("--corpus {}/missing", "no such file"),
+    ("--delay 4096", "nothing would ever be evicted"), ("--corpus {}/missing", "No such file"),
     ("--corpus {}/empty.txt", "empty"), ("--corpus {}/binary.txt", "not"),
     ("--corpus {}/short.txt", "too short"), ("--corpus {}/digits.txt", "are words"),
     ("--corpus {}/nothing", "no .txt"), ("--eval {}/missing", "holds no run"),
