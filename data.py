@@ -75,9 +75,9 @@ def cut(text, most):
 
 def deal(texts, saved=None):
     """Cut documents into pieces and deal these to the parts of SHARES, of equal pieces one. Returns
-    {part: [piece]}, and a record: "piece", the most characters of a piece (a text makes
-    about 500); "split", {digest of a piece: its part}; "fingerprint" of the whole text. saved: the
-    record of a run; its pieces go to the same parts again, and only new ones are dealt."""
+    {part: [piece]}, and a record: "piece", the most characters of a piece (a text makes about 500);
+    "split", {digest of a piece: its part}; "fingerprint" of the whole text. saved: the record of a
+    run; its pieces go to the same parts again, and only new ones are dealt."""
     size = sum(map(len, texts))
     most = saved["piece"] if saved else 2 ** min(16, max(10, round(np.log2(size / 512))))
     known = saved["split"] if saved else {}
