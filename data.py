@@ -310,7 +310,7 @@ def facts(n, size, most=8):
 
 
 def key_values(part, rng, total):
-    """`total` facts, [(key, value)]."""
+    """`total` facts, [(key, value)], each a token."""
     return list(zip(part.pick(rng, total), part.answers(rng, total)))
 
 
@@ -322,8 +322,8 @@ def questions(part, rng, ask, pairs):
 
 
 def lm(part, rng, n, room):
-    """Real text, read on: StreamingLLM's test. The answer is the `room` - 1 tokens that follow, the
-    score 1 / perplexity."""
+    """Real text to go on with: StreamingLLM's test. The answer is the next `room` - 1 tokens, the
+    score is 1 / perplexity."""
     text = part.text(rng, n + room)
     return text[:n], [(text[n:n + 1], text[n + 1:])]
 
@@ -353,7 +353,7 @@ def kv(part, rng, n, room):
 
 
 def passage(part, rng, n, room):
-    """Named passages of real text, and the last six tokens of one: LongBench's passage_retrieval.
+    """Named passages of real text; a question is the end of one: LongBench's passage_retrieval.
     Context: `...is run in a loop[ header] ...` question: `is run in a loop[` answer: ` header`."""
     size = len(part.fill("[{}]", 0))
     total = facts(n, size + 9)
@@ -368,7 +368,7 @@ def passage(part, rng, n, room):
 
 
 def count(part, rng, n, room):
-    """Votes scattered in real text, one word with most of them: RULER's common words."""
+    """Votes scattered in real text, most of them for the word asked for: RULER's common words."""
     size = len(part.fill("one vote{}\n", 0))
     winner, *others = part.answers(rng, 1 + facts(n - size, 2 * size, 4))
     votes = rng.permutation([winner] * (len(others) + 1) + others)
@@ -377,8 +377,8 @@ def count(part, rng, n, room):
 
 
 def trace(part, rng, n, room):
-    """Variables set to words, others set to those: RULER's variable tracking. One of each two is
-    asked for, one hop away or two. (To ask for both would give the second answer away.)"""
+    """Variables set to words, and others set to these variables: RULER's variable tracking. Of each
+    such two one is asked for: the answer to both is the same word."""
     total = facts(n, 2 * len(part.fill("let{} ={}\n", 0, 0)), 4)
     words, values = part.pick(rng, 2 * total), part.answers(rng, total)
     first, second = words[:total], words[total:]
@@ -389,7 +389,7 @@ def trace(part, rng, n, room):
 
 
 def copy(part, rng, n, room):
-    """Marked lines of real text, one to be repeated: RULER's and NIAH's control.
+    """Marked lines of real text to be repeated: RULER's and NIAH's control.
     Context: `... line header> in order to ...` question: `line header>` answer: ` in order to`."""
     keys = part.pick(rng, facts(n, len(part.fill("line{}>", 0)) + 5, 4))
     values = [[token for token in part.text(rng, 64) if not part.blank[token]][:3] for _ in keys]
@@ -419,7 +419,7 @@ def coming_back(part, rng, n, keys, tell, use):
 
 
 def dialog(part, rng, n, room, asked_before=True):
-    """Facts are told, then some are asked and answered on the way; at the end these are asked."""
+    """Facts are told, then some are asked and answered; at the end these are asked again."""
     context, often, never = coming_back(part, rng, n, part.pick(rng, 8), "The{} is{}.\n",
                                         "What is the{}?{}.\n")
     asked = often if asked_before else never or often
@@ -427,13 +427,13 @@ def dialog(part, rng, n, room, asked_before=True):
 
 
 def unasked(part, rng, n, room):
-    """The same context as `dialog`; at the end facts are asked that were not asked on the way."""
+    """The same context as `dialog`; at the end the facts are asked that were not asked in it."""
     return dialog(part, rng, n, room, asked_before=False)
 
 
 def log(part, rng, n, room):
     """Keys are set, read, and set anew; the last value counts. Context: `... set header optional
-    ... get header optional ... set header kinds ...` question: `get header`."""
+    ... get header optional ... set header kinds ...` question: `get header` answer: ` kinds`."""
     events = facts(n, len(part.fill("set{}{}\n", 0, 0)), 16)
     keys, values = part.pick(rng, max(1, events // 4)), part.answers(rng, events)
     now, lines = {}, []
@@ -449,8 +449,8 @@ def log(part, rng, n, room):
 
 
 def code(part, rng, n, room):
-    """Functions of the text are defined once, with a default, and called along the way; at the end
-    a call is to be written on."""
+    """Functions, with names from the text, are defined once, with a default, and called with it; at
+    the end such calls are to be completed."""
     names = [part.functions[i] for i in rng.permutation(len(part.functions))[:8]]
     names = names if len(names) == 8 else part.pick(rng, 8)
     context, often, _ = coming_back(part, rng, n, names, "def {}({}):\n", "{}({})\n")

@@ -392,15 +392,16 @@ def losses(gpt, batch, recall, draw):
     text &= (answer > 0).flip(1).cumsum(1).flip(1) > 0  # not the line ends after the last answer
 
     def predicted(where):
-        """Of the tokens at places (N,L-1): mean cross-entropy, share that is right, (N,) each."""
-        logits = gpt.output(hidden[where])  # (M,V)
+        """Mean cross-entropy of each prompt's tokens at M places (N,L-1), (N,); logits (M,V)."""
+        logits = gpt.output(hidden[where])
         loss = F.cross_entropy(logits, target[where], reduction="none")
-        return prompt_mean(loss, where), prompt_mean(logits.argmax(-1) == target[where], where)
+        return prompt_mean(loss, where), logits
 
-    (answers, right), (texts, _) = predicted(answer > 0), predicted(text)
+    (answers, logits), (texts, _) = predicted(answer > 0), predicted(text)
     if plain:
         recalled, _ = predicted(answer < 0)
-    return answers, texts, recalled, right
+    right = logits.argmax(-1) == target[answer > 0]
+    return answers, texts, recalled, prompt_mean(right, answer > 0)
 
 
 def gradient(gpt, batch, recall, seed, rows, precision):
