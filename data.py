@@ -565,8 +565,9 @@ def lesson(part, tasks, rng, done, length, tokens, recall):
     recall). First the shortest prompts, then all lengths but the longest, of half the `tokens`;
     then mostly the longest. The hardest tasks come twice as often. Heads recall after a quarter of
     the steps; with `recall` 0 never: then the words are (N,0), and answers on the way are -1."""
-    lengths = [length >> k for k in range(length.bit_length()) if length >> k >= 64][::-1]
-    odds = np.array([1] * (len(lengths) - 1) + [2 * len(lengths[1:]) or 1])  # longest: two of three
+    lengths = sorted(length >> k for k in range(length.bit_length()) if length >> k >= 64)
+    shorter = len(lengths) - 1
+    odds = np.array([1] * shorter + [2 * shorter or 1])  # the longest: two of three
     if done < 0.15:
         own, tokens = lengths[0], tokens // 2
     elif done < 0.35:
