@@ -322,28 +322,31 @@ def questions(part, rng, ask, pairs):
 
 
 def lm(part, rng, n, room):
-    """Real text to go on with: StreamingLLM's test. The answer is the next `room` - 1 tokens, the
-    score is 1 / perplexity."""
+    """Real text to go on with: StreamingLLM's test. The score is 1 / perplexity.
+    Context: `...for key in sorted(self.keys()):` answer: the next `room` - 1 tokens."""
     text = part.text(rng, n + room)
     return text[:n], [(text[n:n + 1], text[n + 1:])]
 
 
 def needle(part, rng, n, room):
-    """One sentence in real text: RULER's niah_single."""
+    """One sentence in real text: RULER's niah_single.
+    Context: `... The name of header is optional. ...` question: `The name of header is`."""
     [(key, value)] = key_values(part, rng, 1)
     line = part.fill("The name of{} is{}.\n", key, value)
     return weave(part, rng, [line], n), [(part.fill("\nThe name of{} is", key), [value])]
 
 
 def multikey(part, rng, n, room):
-    """Eight notes scattered in real text, any of which may be asked for: RULER's niah_multikey."""
+    """Eight notes scattered in real text, any of which may be asked for: RULER's niah_multikey.
+    Context: `... note header optional ... note linear kinds ...` question: `note linear`."""
     pairs = key_values(part, rng, facts(n, len(part.fill("note{}{}\n", 0, 0))))
     lines = [part.fill("note{}{}\n", key, value) for key, value in pairs]
     return weave(part, rng, lines, n), questions(part, rng, "\nnote{}", pairs)
 
 
 def kv(part, rng, n, room):
-    """A dictionary of sixteen pairs in one place: InfiniteBench's kv_retrieval."""
+    """A dictionary of sixteen pairs in one place: InfiniteBench's kv_retrieval.
+    Context: `... { header: optional, linear: kinds, ...}` question: `, linear:`."""
     pairs = key_values(part, rng, facts(n, len(part.fill("{}:{},", 0, 0)) + 2, 16))
     line = part.encode("{")
     for key, value in pairs:
@@ -368,7 +371,8 @@ def passage(part, rng, n, room):
 
 
 def count(part, rng, n, room):
-    """Votes scattered in real text, most of them for the word asked for: RULER's common words."""
+    """Votes scattered in real text, most of them for the word asked for: RULER's common words.
+    Context: `... one vote header ... one vote optional ... one vote header`, then `most vote`."""
     size = len(part.fill("one vote{}\n", 0))
     winner, *others = part.answers(rng, 1 + facts(n - size, 2 * size, 4))
     votes = rng.permutation([winner] * (len(others) + 1) + others)
@@ -378,7 +382,8 @@ def count(part, rng, n, room):
 
 def trace(part, rng, n, room):
     """Variables set to words, and others set to these variables: RULER's variable tracking. Of each
-    such two one is asked for: the answer to both is the same word."""
+    such two one is asked for: the answer to both is the same word. Context:
+    `... let header = optional ... let linear = header ...` question: `value linear =`."""
     total = facts(n, 2 * len(part.fill("let{} ={}\n", 0, 0)), 4)
     words, values = part.pick(rng, 2 * total), part.answers(rng, total)
     first, second = words[:total], words[total:]
@@ -419,7 +424,9 @@ def coming_back(part, rng, n, keys, tell, use):
 
 
 def dialog(part, rng, n, room, asked_before=True):
-    """Facts are told, then some are asked and answered; at the end these are asked again."""
+    """Facts are told, then some are asked and answered; at the end these are asked again. Context:
+    `... The header is optional. ... What is the header? optional. ...` question: `What is the
+    header?`"""
     context, often, never = coming_back(part, rng, n, part.pick(rng, 8), "The{} is{}.\n",
                                         "What is the{}?{}.\n")
     asked = often if asked_before else never or often
@@ -449,8 +456,8 @@ def log(part, rng, n, room):
 
 
 def code(part, rng, n, room):
-    """Functions, with names from the text, are defined once, with a default, and called with it; at
-    the end such calls are to be completed."""
+    """Functions, with names from the text, are defined once, with a default, and called with it.
+    Context: `... def walk(header): ... walk(header) ...` question: `walk(` answer: `header`."""
     names = [part.functions[i] for i in rng.permutation(len(part.functions))[:8]]
     names = names if len(names) == 8 else part.pick(rng, 8)
     context, often, _ = coming_back(part, rng, n, names, "def {}({}):\n", "{}({})\n")
