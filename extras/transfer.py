@@ -396,12 +396,12 @@ def overview(rows):
     for (name, how, length, slots), own in settings.items():
         def shown(method):
             """What a method got."""
-            return cell(own[method]) if method in own else ""
+            return cell(own[method], returns=False) if method in own else ""
 
         def best(rules):
             """The best of some rules, and what it got."""
             rule = max(rules, key=lambda rule: np.mean([row["score"] for row in own[rule]]))
-            return f"{rule} {cell(own[rule])}"
+            return f"{rule} {shown(rule)}"
 
         seeds, score = len(own["namm_frozen"]), lambda name: shown(name).split(" (")[0]
         lines.append([f"{name}, {how} ({seeds})", f"{length}, {slots}", shown("full"), score("ntk"),
@@ -415,12 +415,12 @@ def overview(rows):
     return runs.markdown("NAMM elsewhere", head, lines)
 
 
-def cell(rows):
-    """The score of rows that are seeds of one thing, and NAMM's lead: text."""
+def cell(rows, returns=True):
+    """The score of rows that are seeds of one thing, its return, and NAMM's lead: text."""
     score, lead, cache = (np.mean([row[name] for row in rows]) for name in
                           ("score", "lead", "cache"))
     text = f"{score:.3f}"
-    if "return" in rows[0]:
+    if returns and "return" in rows[0]:
         text += f", return {np.mean([row['return'] for row in rows]):.0f}"
     if rows[0]["method"] in ("namm_frozen", "namm_uncapped"):
         return f"{text} ({cache:.1%})"
