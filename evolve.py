@@ -138,19 +138,20 @@ class CMAES:
 
 @dataclasses.dataclass
 class Solution:
-    """What evolution finds, and namm.pt holds; and, for a subclass to replace, what evolves."""
+    """What evolution finds, and namm.pt holds. A subclass may replace the functions, and so what
+    evolves."""
     params: torch.Tensor  # (4172,), or (P,4172)
     mean: torch.Tensor  # (F,) of the spectra over the full cache: collected once, then frozen
     std: torch.Tensor  # (F,)
     zero: float = 0.0  # the threshold without a capacity: see `calibrate_threshold`
+    cost: dict = None  # what evolution took, and its history
     method = staticmethod(namm.namm)
-    scale = staticmethod(namm.scale)
     statistics = staticmethod(namm.statistics)
 
-
-def solution_of(state):
-    """The Solution of a namm.pt."""
-    return Solution(*(state[name] for name in ("params", "mean", "std", "zero")))
+    @staticmethod
+    def steps(bins):
+        """The unit of each parameter's steps, (4172,), for spectra of so many bins."""
+        return namm.scale(namm.shapes(namm.N_AGE + bins))
 
 
 def manager(solution, config, **changes):
@@ -234,12 +235,6 @@ def evaluate(gpt, batch, config, manage=None, copies=1):
     return [torch.cat(pieces, dim=1).flatten(0, 1) for pieces in zip(*done)]
 
 
-def score(task, exact, logprob):
-    """A task's score, higher is better: the share of answers that are exact; of `lm` 1 /
-    perplexity."""
-    return (logprob.mean().exp() if task == "lm" else exact.mean()).item()
-
-
 def prompts(part, task, count, rng, length, device):
     """`count` prompts of one task, on the device."""
     return data.prompts(part, [task] * count, rng, length).each(lambda x: x.to(device))
@@ -247,58 +242,49 @@ def prompts(part, task, count, rng, length, device):
 
 # --- 3. Evolution --------------------------------------------------------------------------------
 
-def feature_statistics(gpt, part, config, kind=Solution):
+def evolve_prompts(part, config, seed, count, times):
+    """`count` prompts of each task to evolve on at each of these lengths, in training lengths:
+    [Batch]."""
+    rng = np.random.default_rng([config.seed, seed])
+    return [prompts(part, task, count, rng, config.length * n, config.device)
+            for task in config.evolve_on.split(",") for n in times]
+
+
+def feature_statistics(gpt, batches, config, kind=Solution):
     """Mean and standard deviation of the spectra over the full cache, (F,) each."""
     memories = namm.MEMORIES[config.memory]
     totals = torch.zeros(3, len(memories) * namm.F, dtype=torch.float64, device=config.device)
-    rng, longest = np.random.default_rng([config.seed, 1]), config.length * max(config.evolve_at)
-    for task in config.evolve_on.split(","):
-        batch, own = prompts(part, task, 8, rng, longest, config.device), torch.zeros_like(totals)
-        evaluate(gpt, batch, config, kind.statistics(own, config.frames == "opened", memories))
-        totals += own
+    for batch in batches:
+        evaluate(gpt, batch, config, kind.statistics(totals, config.frames == "opened", memories))
     return namm.mean_std(totals.cpu())
 
 
-def full_likelihood(gpt, part, config):
-    """{task: the full cache's likelihood of an answer at the training length}: what the GPT can
-    do."""
-    rng, best = np.random.default_rng([config.seed, 5]), {}
-    for task in config.evolve_on.split(","):
-        batch = prompts(part, task, 16, rng, config.length, config.device)
-        best[task] = evaluate(gpt, batch, config)[1].mean().item()
-    return best
-
-
-def fitness(gpt, solution, best, part, tasks, lengths, count, rng, config):
+def fitness(gpt, solution, best, batches, config):
     """(P,) fitness of solution.params (P,n) or (n,), or (1,) of the full cache for solution None,
-    and the share of the cache kept, mean over all. For each task and each of its lengths, on the
-    same `count` prompts for all candidates: mean likelihood of the answers over `best`, the full
-    cache's at the training length; then the mean. The likelihood has no ties, as exact match has;
-    and the paper's divisor, the full cache's score on the same prompts (config.fitness "score"), is
-    near 0 where it is to be beaten.
+    and the share of the cache kept, mean over all. Each Batch has prompts of one task, the same for
+    all candidates: mean likelihood of the answers over `best` {task: the full cache's at the
+    training length}; then the mean over the batches. The likelihood has no ties, as exact match
+    has; and the paper's divisor, the full cache's score on the same prompts (config.fitness
+    "score"), is near 0 where it is to be beaten.
 
-    lengths(rng) draws, for one task, the lengths of its prompts in training lengths. Candidates are
-    dealt to the processes of the run in turn; each process gets all the results."""
+    Candidates are dealt to the processes of the run in turn; each process gets all the results."""
     params = torch.atleast_2d(solution.params) if solution else [None]
     P, (rank, size), done = len(params), world(), 0
     total = torch.zeros(2, P, device=config.device)  # fitness, cache kept
-    for task in tasks:
-        for times in lengths(rng):
-            batch = prompts(part, task, count, rng, config.length * int(times), config.device)
-            divisor = best[task]
-            if config.fitness == "score":
-                divisor = max(evaluate(gpt, batch, config)[0].mean().item(), 0.01)
-            mine, at_once = range((rank - done) % size, P, size), max(1, config.rows // count)
-            for start in range(0, len(mine), at_once):
-                some, manage = list(mine[start:start + at_once]), None  # candidates
-                if solution:
-                    own = dataclasses.replace(solution, params=params[some])
-                    manage = manager(own, config)
-                exact, likelihood, _, cache = evaluate(gpt, batch, config, manage, len(some))
-                value = exact if config.fitness == "score" else likelihood
-                got = torch.stack([value / divisor, cache.float()])
-                total[:, some] += got.view(2, -1, count).mean(2)
-            done += 1
+    for batch in batches:
+        count, divisor = len(batch.tasks), best[batch.tasks[0]]
+        if config.fitness == "score":
+            divisor = max(evaluate(gpt, batch, config)[0].mean().item(), 0.01)
+        mine, at_once = range((rank - done) % size, P, size), max(1, config.rows // count)
+        for start in range(0, len(mine), at_once):
+            some, manage = list(mine[start:start + at_once]), None  # candidates
+            if solution:
+                manage = manager(dataclasses.replace(solution, params=params[some]), config)
+            exact, likelihood, _, cache = evaluate(gpt, batch, config, manage, len(some))
+            value = exact if config.fitness == "score" else likelihood
+            got = torch.stack([value / divisor, cache.float()])
+            total[:, some] += got.view(2, -1, count).mean(2)
+        done += 1
     total = summed(total).cpu() / done
     return total[0], total[1].mean().item()
 
@@ -308,18 +294,19 @@ def calibrate_threshold(gpt, solution, part, config, log, validate):
     evolution has no reason to put zero anywhere; in the paper, which has none, evolution finds it.
     So we try, afterwards, the scores that 50, 40, 30, 20 and 10 % of the tokens of a full cache
     reach, and take the highest whose fitness is within 0.01 of the best."""
-    scores, values, delay = [], {}, config.delay
     everything = manager(solution, config, capacity=0, threshold=-math.inf)
+    free = dataclasses.replace(config, capacity=0)
+    scores, values, shortest = [], {}, config.length * min(config.evolve_at)
     for task in config.evolve_on.split(","):
-        rng = np.random.default_rng([config.seed, 11])
-        shortest = config.length * min(config.evolve_at)
+        rng, seen = np.random.default_rng([config.seed, 11]), []
         batch = prompts(part, task, config.choose_prompts, rng, shortest, config.device)
-        whole = batch.tokens[:, :batch.context // delay * delay]
-        cache, seen = gpt.new_cache(len(whole), config.positions == "renumbered"), []
+        whole = batch.tokens[:, :batch.context // config.delay * config.delay]
+        cache = gpt.new_cache(len(whole), config.positions == "renumbered")
         with precision(config.device):
-            read(gpt, whole, cache, delay, everything, observe=lambda *own: seen.append(own[1]))
-        scores += [own.flatten() for own in seen[-1]]
-    scores, free = torch.cat(scores).cpu(), dataclasses.replace(config, capacity=0)
+            read(gpt, whole, cache, config.delay, everything,
+                 observe=lambda cache, scores, keep: seen.append(scores))
+        scores += [own.flatten() for own in seen[-1]]  # of each layer, after the last block
+    scores = torch.cat(scores).cpu()
     for share in (0.5, 0.4, 0.3, 0.2, 0.1):
         zero = float(np.quantile(scores, 1 - share))
         [value], kept = validate(dataclasses.replace(solution, zero=zero), free)
@@ -331,56 +318,53 @@ def calibrate_threshold(gpt, solution, part, config, log, validate):
 
 def tasks_at(generation, config):
     """The tasks of a generation: one more in each of config.stages equal stages."""
-    tasks = config.evolve_on.split(",")
-    stage = config.stages * max(0, generation - 1) // config.generations
-    return tasks[:len(tasks) - config.stages + 1 + stage]
+    tasks, stage = config.evolve_on.split(","), config.stages * (generation - 1)
+    return tasks[:len(tasks) - config.stages + 1 + stage // config.generations]
 
 
 def lengths_at(generation, config):
     """The lengths of a generation: first the shortest, which cost least; in the end all."""
-    stage = len(config.evolve_at) * max(0, generation - 1) // config.generations
+    stage = len(config.evolve_at) * (generation - 1) // config.generations
     return config.evolve_at[:1 + stage]
 
 
 def generation(gpt, es, solution, best, part, config, g):
     """Candidates, their fitness on fresh prompts, and what CMA-ES makes of it; their numbers."""
-    rng = np.random.default_rng([config.seed, 2, g])
-    got, kept = fitness(gpt, solution(es.ask()), best, part, tasks_at(g, config),
-                        lambda rng: [rng.choice(lengths_at(g, config))], config.prompts, rng,
-                        config)
+    rng, batches = np.random.default_rng([config.seed, 2, g]), []
+    for task in tasks_at(g, config):
+        length = config.length * int(rng.choice(lengths_at(g, config)))
+        batches.append(prompts(part, task, config.prompts, rng, length, config.device))
+    got, kept = fitness(gpt, solution(es.ask()), best, batches, config)
     es.tell(got)
     return {"candidates": got.mean().item(), "best": got.max().item(), "cache": kept}
 
 
-def progress(point, last, seconds):
-    """A generation of `last`, as a line: its numbers, and how long it took and will take."""
-    g = point["generation"]
-    left = seconds / (g + 1) * (last - g)
-    numbers = [f" | {name} {x:.3f}" for name, x in point.items() if name != "generation"]
-    return f"{g:4d}/{last}{''.join(numbers)} | {seconds:.0f} s, {left:.0f} s left"
-
-
 def cost_of(state, full, config):
-    """What evolution cost, and when its mean passed the full cache's fitness."""
+    """What evolution took, when its mean passed the full cache's fitness, and its history."""
     passed = [point["generation"] for point in state["history"] if point.get("mean", 0.0) > full]
     tasks = sum(len(tasks_at(g + 1, config)) for g in range(config.generations))
     return {"generations": config.generations, "seconds": state["seconds"],
             "fitness of the full cache": full,
             "passed the full cache at generation": min(passed, default=None),
-            "candidate prompts read": config.popsize * config.prompts * tasks}
+            "candidate prompts read": config.popsize * config.prompts * tasks,
+            "history": state["history"]}
 
 
 def evolve(gpt, parts, config, log, state, keep, kind=Solution):
-    """Evolve the manager of the cache: (Solution, what it cost). keep(state) is called after each
-    generation; from that state evolution goes on to the same bits. kind: Solution, or a subclass.
+    """Evolve the manager of the cache: a Solution. keep(state) is called after each generation;
+    from that state evolution goes on to the same bits. kind: Solution, or a subclass.
 
     Fitness is noisy. So what is kept is an average of the means of the search distribution, the
     last ten of which count most; and of these averages the one that does best on the prompts to
     choose by, which are never evolved on. (config.pick "last": the last mean, as in the paper.)
     Generation 0, all zeros, drops nothing of its own accord: only the capacity evicts."""
-    mean, std = feature_statistics(gpt, parts["evolve"], config, kind)
-    best = full_likelihood(gpt, parts["evolve"], config)
-    scale = kind.scale(namm.shapes(namm.N_AGE + len(mean)))
+    longest = (max(config.evolve_at),)
+    mean, std = feature_statistics(
+        gpt, evolve_prompts(parts["evolve"], config, 1, 8, longest), config, kind)
+    best = {batch.tasks[0]: evaluate(gpt, batch, config)[1].mean().item()
+            for batch in evolve_prompts(parts["evolve"], config, 5, 16, (1,))}
+    choose = evolve_prompts(parts["choose"], config, 3, config.choose_prompts, config.evolve_at)
+    scale = kind.steps(len(mean))
     es = CMAES(torch.zeros(len(scale)), config.sigma, config.popsize, config.seed,
                config.covariance == "diagonal")
 
@@ -389,12 +373,10 @@ def evolve(gpt, parts, config, log, state, keep, kind=Solution):
         return kind((params * scale).float(), mean, std)
 
     def validate(solution, config=config):
-        """Fitness on prompts that are the same each time."""
-        rng, lengths = np.random.default_rng([config.seed, 3]), lambda rng: config.evolve_at
-        return fitness(gpt, solution, best, parts["choose"], list(best), lengths,
-                       config.choose_prompts, rng, config)
+        """Fitness on the prompts to choose by."""
+        return fitness(gpt, solution, best, choose, config)
 
-    [full], _ = validate(None)
+    full = validate(None)[0].item()
     log(f"the full cache's fitness on the prompts to choose by: {full:.3f}")
     state = state or {"next": 0, "es": es.state_dict(), "average": es.mean, "chosen": es.mean,
                       "seconds": 0.0, "highest": -math.inf, "history": []}
@@ -413,14 +395,15 @@ def evolve(gpt, parts, config, log, state, keep, kind=Solution):
             if g and (value > state["highest"] or config.pick == "last"):
                 state |= {"highest": value.item(), "chosen": chosen}
         state |= {"history": [*state["history"], point], "seconds": time.time() - start}
-        log(progress(point, last, state["seconds"]))
+        numbers = [f" | {name} {x:.3f}" for name, x in point.items() if name != "generation"]
+        log(f"{g:4d}/{last}{''.join(numbers)} | {state['seconds']:.0f} s")
         if es.diagonal or "mean" in point:  # a full covariance is 139 MB
             keep(state | {"next": g + 1, "es": es.state_dict()})
-    made, cost = solution(state["chosen"]), cost_of(state, full.item(), config)
-    log(f"evolution: {as_json(cost)}")
+    made = solution(state["chosen"])
+    made.cost = cost_of(state, full, config)
     if config.capacity:
         made.zero = calibrate_threshold(gpt, made, parts["choose"], config, log, validate)
-    return made, cost | {"history": state["history"]}
+    return made
 
 
 # --- 4. Report -----------------------------------------------------------------------------------
@@ -434,7 +417,7 @@ RANDOM = 12  # vectors of "random_vectors"
 
 def random_vectors(solution, config):
     """The solution with vectors that nobody evolved, (RANDOM,4172): CMA-ES's first distribution."""
-    scale = solution.scale(namm.shapes(namm.N_AGE + len(solution.mean)))
+    scale = solution.steps(len(solution.mean))
     es = CMAES(torch.zeros(len(scale)), config.sigma, RANDOM, config.seed + 2 ** 32, diagonal=True)
     return dataclasses.replace(solution, params=(es.ask() * scale).float())
 
@@ -494,17 +477,15 @@ def report(gpt, solution, part, config, rules=namm.RULES):
             manage = managed(method, solution, slots, config, rules)
             got = evaluate(gpt.scaled(stretch), batch, config, manage, copies)
             got = [x.cpu().view(copies, -1) for x in got]  # (copies,prompts) each
-            means = {method: [x.mean(0) for x in got]}
-            if copies > 1:
-                best = got[0].mean(1).argmax()
-                means["random_vectors_best"] = [x[best] for x in got]
+            own = task_rows(method, [x.mean(0) for x in got], batch, adds)
             if method == "namm":
                 slots = slots_of(got[3].mean().item(), batch.context, config)
-            own = [row for name, x in means.items() for row in task_rows(name, x, batch, adds)]
-            for row in own:
-                row |= {"length": length, "seed": config.seed,
-                        "seconds": (time.time() - began) / len(own)}
-            rows += own
+            if method == "random_vectors":
+                best = got[0].mean(1).argmax()
+                own += task_rows(method + "_best", [x[best] for x in got], batch, adds)
+            seconds = (time.time() - began) / len(own)
+            rows += [row | {"length": length, "seed": config.seed, "seconds": seconds}
+                     for row in own]
             bar.update()
     full = {(row["task"], row["length"]): row["score"] for row in rows if row["method"] == "full"}
     for row in rows:
@@ -515,16 +496,18 @@ def report(gpt, solution, part, config, rules=namm.RULES):
 
 def task_rows(method, got, batch, adds):
     """A method's rows of the report at one length, one a task, from what `evaluate` gave it on a
-    batch of `every_task`. adds {(method, task): what each prompt adds to the score}: filled in
-    here, NAMM first, since the others are compared with it."""
+    batch of `every_task`. The score of `lm` is 1 / perplexity, of others the share of answers that
+    are exact. adds {(method, task): what each prompt adds to the score}: filled in here, NAMM
+    first, since the others are compared with it."""
     tasks = list(dict.fromkeys(batch.tasks))
     rows, count = [], len(batch.tasks) // len(tasks)
     for t, task in enumerate(tasks):
         own = slice(t * count, (t + 1) * count)
         exact, _, logprob, cache = (x[own] for x in got)  # (count,) each
-        value = score(task, exact, logprob)
-        # for 1 / perplexity, to first order
-        adds[method, task] = value * (1 + logprob - logprob.mean()) if task == "lm" else exact
+        value, adds[method, task] = exact.mean().item(), exact
+        if task == "lm":
+            value = logprob.mean().exp().item()
+            adds[method, task] = value * (1 + logprob - logprob.mean())  # to first order
         gap = adds["namm", task] - adds[method, task]
         error = (gap.var(correction=min(1, count - 1)) / count).sqrt().item()
         rows.append({"method": method, "task": task, "score": value, "lead": gap.mean().item(),
@@ -541,19 +524,17 @@ def curve(gpt, solution, part, config):
     """Score against slots: [{method, length, capacity, slots, score, seed}], means over tasks, on
     few prompts of one length. One vector gives NAMM's whole curve; the rules keep as many slots."""
     rows, length = [], config.length * min(4, max(config.report_at))
-    count = min(2, config.report_prompts)
-    batch = every_task(part, config, count, [config.seed, 7, length], length)
+    batch = every_task(part, config, min(2, config.report_prompts), [config.seed, 7, length], length)
     for share in (1 / 8, 1 / 4, 1 / 2, 1, 2):
-        capacity, slots = math.ceil(share * (config.capacity or config.delay)), None
+        capacity = math.ceil(share * (config.capacity or config.delay))
         cut = dataclasses.replace(config, capacity=capacity, threshold=-math.inf)
+        slots, adds = None, {}
         for method in ("namm", "tova+pool", "snapkv+pool"):
-            manage = managed(method, solution, slots, cut)
-            exact, _, logprob, cache = evaluate(gpt, batch, cut, manage)
-            slots = slots or slots_of(cache.mean().item(), batch.context, cut)
-            by_task = zip(batch.tasks[::count], exact.split(count), logprob.split(count))
+            got = evaluate(gpt, batch, cut, managed(method, solution, slots, cut))
+            slots = slots or slots_of(got[3].mean().item(), batch.context, cut)
+            scores = [row["score"] for row in task_rows(method, [x.cpu() for x in got], batch, adds)]
             rows.append({"method": method, "length": length, "capacity": capacity, "slots": slots,
-                         "seed": config.seed,
-                         "score": float(np.mean([score(*own) for own in by_task]))})
+                         "seed": config.seed, "score": float(np.mean(scores))})
     return rows
 
 
@@ -563,10 +544,10 @@ def watch(gpt, solution, batch, config):
     bool, at the end; score (N,K,n), the last, NaN for a token never judged; spectrum (N,K,n,F), the
     last moving average of complete frames."""
     n, fate = batch.context, []
-    shape = len(batch.tokens), config.n_kv_head, n
-    new = lambda *last: torch.zeros(*shape, *last, device=config.device)
     for _ in range(config.n_layer):
-        fate.append({"lives": new() == 0, "score": new() / 0, "spectrum": new(namm.F)})
+        score = torch.full((len(batch.tokens), config.n_kv_head, n), math.nan, device=config.device)
+        fate.append({"lives": score.isnan(), "score": score,
+                     "spectrum": score.new_zeros(*score.shape, namm.F)})
 
     def note(cache, scores, keep):
         """What is known of each slot that is judged, at its position in the text."""
@@ -590,21 +571,24 @@ def example(gpt, solution, part, config, task=None):
     and for each head what `watch` gives: lives [n], score [n], spectrum [n][F]. task: kv if none is
     given, or the first evolved on where the GPT has not learned kv."""
     length = min(config.length * max(config.evolve_at), max(config.length, 1024))
-    learned = config.tasks.split(",")
-    task = task or ("kv" if "kv" in learned else config.evolve_on.split(",")[0])
+    if not task:
+        task = "kv" if "kv" in config.tasks.split(",") else config.evolve_on.split(",")[0]
     batch = prompts(part, task, 1, np.random.default_rng([config.seed, 10]), length, config.device)
-    tokens, answer, n = batch.tokens[0].tolist(), batch.answer[0], batch.context
-    replies = {method: answer_logits(gpt, batch, config, managed(method, solution, None, config))[2]
-               .argmax(-1).tolist() for method in ("full", "namm")}
-    asked, start, done = [], n, 0
+    tokens, answer, n = batch.tokens[0], batch.answer[0], batch.context
+    replies, asked, start = {}, [], n
+    for method in ("full", "namm"):
+        manage = managed(method, solution, None, config)
+        _, at, logits, _, _ = answer_logits(gpt, batch, config, manage)
+        replies[method] = tokens.index_put((n + at,), logits.argmax(-1))
     for which in range(1, int(answer.max()) + 1):
-        at = (answer == which).nonzero()[:, 0].tolist()
-        own = {"question": tokens[start:at[0]], "answer": tokens[at[0]:at[-1] + 1]}
-        own |= {method: reply[done:done + len(at)] for method, reply in replies.items()}
-        asked.append({name: part.decode(piece) for name, piece in own.items()})
-        start, done = at[-1] + 1, done + len(at)
-    shown = dict(task=task, length=len(tokens), text=[part.decode([token]) for token in tokens[:n]],
-                 asked=asked, heads=[], lives=[], score=[], spectrum=[])
+        at = (answer == which).nonzero()[:, 0]
+        pieces = {"question": tokens[start:at[0]], "answer": tokens[at]}
+        pieces |= {method: reply[at] for method, reply in replies.items()}
+        asked.append({name: part.decode(piece.tolist()) for name, piece in pieces.items()})
+        start = at[-1] + 1
+    text = [part.decode([token]) for token in tokens[:n].tolist()]
+    shown = {"task": task, "length": len(tokens), "text": text, "asked": asked,
+             "heads": [], "lives": [], "score": [], "spectrum": []}
     for layer, fate in enumerate(watch(gpt, solution, batch, config)):
         for head in range(config.n_kv_head):
             shown["heads"].append(f"layer {layer}, head {head}")
@@ -718,18 +702,8 @@ PRESETS = {
     "plain": dict(recall=0.0, steps=600, tasks="lm,dialog,log,code", evolve_on="dialog,log,code",
                   n_kv_head=2, memory="both", delay=64, prompts=2, generations=100, validate=20),
 }
-# what may change when a run goes on, and what a GPT fixes
-FREE = ("out", "device", "methods", "report_prompts", "far_prompts", "report_at", "rows")
-SIZES = [f.name for f in dataclasses.fields(GPTConfig) if hasattr(Config, f.name)]
-
-
-def described():
-    """{setting: (its help, what it can be or None)}, from the comments in the source of Config."""
-    found = {}
-    for name, comment in re.findall(r"(?m)^    (\w+): .*?  # (.*)$", inspect.getsource(Config)):
-        choices = comment.split(":")[0] if "|" in comment else None
-        found[name] = comment, choices and choices.split("|")
-    return found
+FREE = ("out", "device", "rows")  # what may differ when a run goes on
+SIZES = [f.name for f in dataclasses.fields(GPTConfig) if hasattr(Config, f.name)]  # of a GPT
 
 
 def numbers(text):
@@ -737,73 +711,51 @@ def numbers(text):
     return tuple(sorted({int(number) for number in text.split(",")}))
 
 
-def words(text):
-    """A path or a name on the command line; a shell variable that is not set leaves it empty."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("needs a folder, a file or a name, and got an empty text")
-    return text
-
-
-def joined(line):
-    """The command line with "--threshold -1e-3" as one word: argparse takes -1e-3 for an option."""
-    done = []
-    for word in line:
-        if done and re.fullmatch(r"--\w+", done[-1]) and re.match(r"-[.\d]", word):
-            done[-1] += "=" + word
-        else:
-            done.append(word)
-    return done
-
-
-def load_settings(folder):
-    """{name: value}, the settings of the run in a folder. Raises ValueError, with a line for the
-    user, if there is none, or one that this version cannot read."""
-    path = pathlib.Path(folder) / "config.json"
-    if not path.exists():
-        raise ValueError(f"{folder}: the folder holds no run (no config.json)")
-    try:
-        read = json.loads(path.read_text("utf-8"))
-        own = {name: tuple(x) if isinstance(x, list) else x for name, x in read.items()}
-    except (ValueError, AttributeError):
-        raise ValueError(f"{path}: damaged, or not a file of this program; delete the folder, or "
-                         "give another") from None
-    if foreign := set(own) - {f.name for f in dataclasses.fields(Config)}:
-        raise ValueError(f"{folder}: a run of another version, with settings unknown here "
-                         f"({', '.join(sorted(foreign))})")
-    return own
+def options():
+    """The parser of the command line. A setting's help, and what it can be, are its comment."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     usage="python evolve.py [--preset NAME] [--OPTION VALUE ...]",
+                                     argument_default=argparse.SUPPRESS)
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # as in Python 3.14: -1e-3 is no option
+    parser.add_argument("--preset", choices=PRESETS, help="if not given, gpu where there is one")
+    comments = dict(re.findall(r"(?m)^    (\w+): .*?  # (.*)$", inspect.getsource(Config)))
+    for f in dataclasses.fields(Config):
+        comment, default = comments[f.name], f.default
+        choices = comment.split(":")[0].split("|") if "|" in comment else None
+        if f.type is tuple:
+            default = ",".join(map(str, default))
+        parser.add_argument("--" + f.name, type=numbers if f.type is tuple else f.type,
+                            choices=choices, metavar="VALUE",
+                            help=comment.replace("%", "%%") + f" [{default}]")
+    parser.add_argument("--resume", help="go on with the run in this folder")
+    parser.add_argument("--show", help="print what a finished run keeps of a prompt")
+    parser.add_argument("--task", choices=data.TASKS | data.COMING_BACK, default="kv",
+                        help="of the prompt to show")
+    return parser
 
 
 def parse(line=None):
     """(Config, the task to show, or None for a run) from the command line. Raises ValueError, with
     a line for the user, for what cannot be."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     usage="python evolve.py [--preset NAME] [--OPTION VALUE ...]",
-                                     argument_default=argparse.SUPPRESS)
-    parser.add_argument("--preset", choices=PRESETS, help="if not given, gpu where there is one")
-    comments = described()
-    for f in dataclasses.fields(Config):
-        comment, choices = comments[f.name]
-        default = ",".join(map(str, f.default)) if f.type is tuple else f.default
-        kind = {tuple: numbers, str: words}.get(f.type, f.type)
-        parser.add_argument("--" + f.name, type=kind, choices=choices, metavar="VALUE",
-                            help=comment.replace("%", "%%") + f" [{default}]")
-    parser.add_argument("--resume", type=words, help="go on with the run in this folder")
-    parser.add_argument("--show", type=words, help="print what a finished run keeps of a prompt")
-    parser.add_argument("--task", choices=data.TASKS | data.COMING_BACK, default="kv",
-                        help="of the prompt to show")
-    given = vars(parser.parse_args(joined(sys.argv[1:] if line is None else line)))
-    for name in {"corpus", "base", "eval", "vector", "resume", "show"} & set(given):
-        if given[name] != "smollm2":  # a name; a path is to mean the same from any working folder
-            given[name] = str(pathlib.Path(given[name]).resolve())
+    given, brought = vars(options().parse_args(line)), {}
+    for name, value in list(given.items()):
+        if isinstance(value, str) and not value.strip():  # a shell variable that is not set
+            raise ValueError(f"--{name} needs a folder, a file or a name, and got an empty text")
+        if name in ("corpus", "base", "eval", "vector", "resume", "show") and value != "smollm2":
+            given[name] = str(pathlib.Path(value).resolve())  # the same from any working folder
     task, show, resume = (given.pop(name, None) for name in ("task", "show", "resume"))
     if folder := show or resume or given.get("eval"):
-        out = pathlib.Path(folder) / ("" if show or resume else "eval")
-        given = load_settings(folder) | {"out": str(out)} | given
-    elif given.get("base"):
-        real = checkpoint(given["base"])
-        own = real["config"] if real else load_settings(given["base"])
-        brought = SIZES if real else (*SIZES, "corpus", "length")
-        given = {name: own[name] for name in brought} | given
+        brought = load_settings(folder)
+        brought["out"] = folder if show or resume else f"{folder}/eval"
+    elif base := given.get("base"):
+        real = checkpoint(base)
+        own = real["config"] if real else load_settings(base)
+        brought = {name: own[name] for name in (SIZES if real else [*SIZES, "corpus", "length"])}
+    for name in SIZES:
+        if name in brought and given.get(name, brought[name]) != brought[name]:
+            raise ValueError(f"--{name} {given[name]}: the GPT has {brought[name]}; leave the "
+                             "option out")
+    given = brought | given
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = given.pop("preset", "gpu" if device == "cuda" else "cpu")
     given = {"out": f"runs/{preset}", **PRESETS[preset], **given, "device": device}
@@ -814,16 +766,16 @@ def parse(line=None):
 
 def check(c):
     """Raise ValueError, with a line for the user, for settings that cannot be."""
-    may_be_zero = ("seed", "recall", "capacity", "threshold")
+    zero_too = ("seed", "recall", "capacity")
     for f in dataclasses.fields(c):
         value = getattr(c, f.name)
-        values = value if f.type is tuple else (value,)
-        positive = f.type is str or all(0 < x < math.inf for x in values)  # not NaN either
-        if not positive and f.name not in may_be_zero:
-            raise ValueError(f"--{f.name} must be above 0")
-    shortest, evolved = c.length * min(c.evolve_at), c.evolve_on.split(",")
-    known = data.TASKS | data.COMING_BACK
-    n, methods = shortest - data.question_tokens(shortest), set(c.methods.split(","))
+        for x in value if f.type is tuple else (value,):
+            if f.type is str or f.name == "threshold" or 0 < x < math.inf:  # not NaN either
+                continue
+            if x != 0 or f.name not in zero_too:
+                raise ValueError(f"--{f.name} must be above 0" + ", or 0" * (f.name in zero_too))
+    shortest, evolved, methods = c.length * min(c.evolve_at), c.evolve_on.split(","), c.methods
+    n, known = shortest - data.question_tokens(shortest), data.TASKS | data.COMING_BACK
     for holds, message in [
         (c.device == "cpu" or torch.cuda.is_available(), "device cuda: PyTorch finds no GPU"),
         *((set(own) <= set(known) and len(set(own)) == len(own),
@@ -834,17 +786,17 @@ def check(c):
         (c.head_dim % 2 == 0 and c.head_dim > 2, "head_dim must be even, and 4 or more"),
         (c.n_head % c.n_kv_head == 0, "n_head must be a multiple of --n_kv_head"),
         (c.length >= 64 and c.length % 4 == 0, "length must be a multiple of 4, and 64 or more"),
-        (c.batch_tokens >= c.length, "batch_tokens must be --length or more"),
+        (c.batch_tokens >= c.length * int(os.environ.get("WORLD_SIZE", 1)),
+         "batch_tokens must be --length or more, for each process"),
         (c.delay % namm.HOP == 0, f"delay must be a multiple of {namm.HOP}"),
         (c.delay <= n, f"delay {c.delay}: the contexts to evolve on have {n} tokens, so nothing "
          "would ever be evicted"),
         (c.popsize >= 4, "popsize must be 4 or more"),
-        (not c.methods or {"namm", "full"} <= methods <= set(METHODS),
-         f"methods: namm and full, and any of namm_uncapped, ntk, {', '.join(namm.RULES)}; rules "
-         "also with +pool or +lastlayer after the name"),
-        (0 <= c.recall < 1, "recall must be 0 or more, and below 1"),
-        (0 <= c.seed < 2 ** 32, "seed must be 0 or more, and below 2 ** 32"),
-        (c.capacity >= 0, "capacity must be 0 or more"),
+        (not methods or {"namm", "full"} <= set(methods.split(",")) <= set(METHODS),
+         f"methods: namm and full, and any of namm_uncapped, ntk, random_vectors, "
+         f"{', '.join(namm.RULES)}; rules also with +pool or +lastlayer after the name"),
+        (c.recall < 1, "recall must be below 1"),
+        (c.seed < 2 ** 32, "seed must be below 2 ** 32"),
         (not math.isnan(c.threshold), "threshold must be a number"),
         (c.eval or not c.vector, "vector: give --eval TARGET as well, the run whose GPT it serves"),
         (c.vocab_size > 266, "vocab_size must be above 266: bytes, digits, and what is learned"),
@@ -856,15 +808,8 @@ def check(c):
 # --- 6. A run and its folder ---------------------------------------------------------------------
 
 def as_json(x):
-    """x as JSON. What is no number becomes null: NaN and infinity are not JSON."""
-    def finite(x):
-        """x, with None for what is no number."""
-        if isinstance(x, dict):
-            return {name: finite(value) for name, value in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [finite(value) for value in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-    return json.dumps(finite(x), allow_nan=False)
+    """x as JSON. NaN and infinity, which JSON does not have, become null."""
+    return json.dumps(json.loads(json.dumps(x), parse_constant=lambda name: None))
 
 
 def save(path, content):
@@ -887,74 +832,60 @@ def save(path, content):
         temporary.unlink(missing_ok=True)  # still there: the disk is full, say
 
 
-def load(path, names, device="cpu"):
+def load(path, names=(), device="cpu"):
     """What `save` wrote to `path`, a dict with these names; None if there is no such file. A file
     from a stranger runs no code. Raises ValueError, with a line for the user, for one that is
     damaged, foreign or older."""
     if not path.exists():
         return None
+    advice, why = "delete it, and what it held is computed again", "of another version"
     try:
-        state, why = torch.load(path, map_location=device, weights_only=True), "of another version"
-        if names <= set(state):
+        if path.suffix == ".json":
+            advice = "delete its folder, or give another"
+            state = json.loads(path.read_text("utf-8"))
+        else:
+            state = torch.load(path, map_location=device, weights_only=True)
+        if set(names) <= state.keys():
             return state
     except Exception as error:  # torch.load raises many kinds
         why = f"damaged, or not a file of this program ({type(error).__name__})"
-    raise ValueError(f"{path}: {why}; delete it, and what it held is computed again")
+    raise ValueError(f"{path}: {why}; {advice}")
 
 
-def read_record(home):
-    """The text.json of a run's folder: how its text and words were dealt; None if there is none."""
-    path = home / "text.json"
-    try:
-        return json.loads(path.read_text("utf-8")) if path.exists() else None
-    except ValueError:
-        raise ValueError(f"{path}: damaged, or not a file of this program; take that of the run it "
-                         "belongs to") from None
+def load_settings(folder):
+    """{name: value}, the settings of the run in a folder. Raises ValueError if there is none, or
+    one that this version cannot read."""
+    own = load(pathlib.Path(folder) / "config.json")
+    if own is None:
+        raise ValueError(f"{folder}: the folder holds no run (no config.json)")
+    if foreign := own.keys() - vars(Config()):
+        raise ValueError(f"{folder}: a run of another version, with settings unknown here "
+                         f"({', '.join(sorted(foreign))})")
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in own.items()}
 
 
-def check_folder(config, out, going_on):
-    """Raise ValueError for a folder that holds another run, or a finished one."""
-    made, finished = out / "config.json", (out / "results.json").exists()
-    finished = finished and not (out / "progress.pt").exists()
-    if not made.exists():
-        if (out / "gpt.pt").exists():
-            raise ValueError(f"{out} holds a gpt.pt but no config.json: it is not a run of this "
-                             "version; give another --out")
-        return
-    free, old = ("out", "device", "rows") if finished else FREE, load_settings(out)
-    differs = ", ".join(f"{name} {value or '(none)'}" for name, value in vars(config).items()
-                        if name not in free and old.get(name) != value)
-    if differs and going_on:
-        raise ValueError(f"{out} holds a {'finished ' * finished}run with other settings than "
-                         f"{differs}; give another --out, or delete it"
-                         + "; --eval reports on it again" * (finished and not config.eval))
-
-
-def check_sizes(config, own, home):
-    """Raise ValueError for settings that are not the sizes of the GPT that was found."""
-    for name in set(SIZES) - {"vocab_size"}:  # the tokeniser decides that
-        value = getattr(config, name)
-        if own.get(name) != value:
-            raise ValueError(f"--{name} {value}: the GPT of {home} has {own.get(name)}; leave the "
-                             "option out")
-
-
-def check_vector(found, config, home, needed_now):
-    """Raise ValueError if the vector of a run is needed now and not there, or is not for this
-    NAMM. found: the namm.pt in the folder `home`, or None."""
-    if config.vector and not (home / "config.json").exists():
-        raise ValueError(f"--vector {home}: the folder holds no run (no config.json)")
-    if needed_now and not found:
-        raise ValueError(f"{home}: the run is not finished (no namm.pt); python evolve.py "
-                         f"--resume {home} goes on")
+def load_gpt(path, device):
+    """The GPT of a gpt.pt, None if there is no such file. Raises ValueError as `load` does."""
+    found = load(path, {"config", "model"}, device)
     if not found:
-        return
-    spectra, count = len(namm.MEMORIES[config.memory]) * namm.F, found["params"].numel()
-    needed = len(Solution.scale(namm.shapes(namm.N_AGE + spectra)))
-    if count != needed or len(found["mean"]) != spectra:
-        raise ValueError(f"{home / 'namm.pt'}: {count} parameters, and NAMM has {needed} with "
-                         f"--memory {config.memory}: the vector is of another scorer, or another "
-                         "--memory")
+        return None
+    gpt = GPT(GPTConfig(**found["config"])).to(device)
+    gpt.load_state_dict(found["model"])
+    return gpt.eval()
+
+
+def load_solution(folder, config):
+    """The Solution that a run found, None if it is not finished. Raises ValueError for one of
+    another NAMM than the settings say."""
+    found = load(folder / "namm.pt", {"params", "mean", "std", "zero", "cost"})
+    if not found:
+        return None
+    bins, count = len(namm.MEMORIES[config.memory]) * namm.F, len(found["params"])
+    needed = len(Solution.steps(bins))
+    if count != needed:
+        raise ValueError(f"{folder / 'namm.pt'}: {count} parameters, and NAMM with --memory "
+                         f"{config.memory} has {needed}: of another scorer, or another --memory")
+    return Solution(**found)
 
 
 def checkpoint(base):
@@ -967,108 +898,113 @@ def checkpoint(base):
     return pretrained.as_base(base)
 
 
+def check_folder(config, out):
+    """Raise ValueError if a run with other settings is in the folder."""
+    if not (out / "config.json").exists():
+        return
+    old, finished = load_settings(out), (out / "results.json").exists()
+    differs = ", ".join(f"{name} {value or '(none)'}" for name, value in vars(config).items()
+                        if name not in FREE and old.get(name) != value)
+    if differs:
+        raise ValueError(f"{out} holds a {'finished ' * finished}run with other settings than "
+                         f"{differs}; give another --out, or delete it"
+                         + "; --eval reports on it again" * finished)
+
+
+def find(config, shown):
+    """(folder of the GPT, a real checkpoint or None, the GPT or None, the Solution or None): what
+    is there before a run begins, or before a prompt is shown. Raises ValueError."""
+    homes = [pathlib.Path(folder) for folder in (config.out, config.eval, config.base) if folder]
+    made = [home for home in homes if (home / "gpt.pt").exists()]
+    home = (made or homes[1:] or homes)[0]
+    real = None if made else checkpoint(config.base)
+    if real:
+        gpt = real["gpt"].to(config.device)
+    else:
+        gpt = load_gpt(home / "gpt.pt", config.device)
+    if len(homes) > 1 and not gpt:
+        raise ValueError(f"{home}: the folder has no gpt.pt")
+    folder = pathlib.Path(not shown and (config.vector or config.eval) or config.out)
+    solution = load_solution(folder, config)
+    if (shown or config.eval) and not solution:
+        raise ValueError(f"{folder}: the folder holds no finished run (no namm.pt); python "
+                         f"evolve.py --resume {folder} goes on with one that was stopped")
+    return home, real, gpt, solution
+
+
 def prepare(config, shown=None):
-    """(encoding, parts, {"gpt", "namm", "progress", "text"}: what earlier runs left). Writes
-    nothing, and looks at all that can be refused, the quickest first: raises ValueError, with a
-    line for the user.
+    """(encoding, parts, what earlier runs left: {"gpt", "namm", "training", "evolution", each None
+    if it is not there; "text": for text.json; "notes": [line] for the user}). Writes nothing, and
+    looks at all that can be refused: raises ValueError, with a line for the user.
 
     GPT, tokeniser and words come from the folder itself, or that of --eval or --base. What decides
     what a score means is saved with a run, so another text changes no word that is asked."""
-    out = pathlib.Path(config.out)
-    given = [pathlib.Path(folder) for folder in (config.eval, config.base) if folder]
-    made = [place for place in (out, *given) if (place / "gpt.pt").exists()]
-    home, real = (made or given or [out])[0], None if made else checkpoint(config.base)
-    check_folder(config, out, not shown)
-    if given and not made and not real:
-        raise ValueError(f"--{'eval' if config.eval else 'base'} {home}: the folder has no gpt.pt")
-    vector = out if shown else pathlib.Path(config.vector or config.eval or out)
-    found = {"gpt": real or load(home / "gpt.pt", {"config", "model"}, config.device),
-             "namm": load(vector / "namm.pt", {"params", "mean", "std", "zero", "cost"}),
-             "progress": load(out / "progress.pt", {"stage"})}  # candidates are drawn on the CPU
-    if found["gpt"]:
-        check_sizes(config, found["gpt"]["config"], home)
-    check_vector(found["namm"], config, vector, config.eval or shown)
-    rows = config.batch_tokens // config.length
-    if not found["gpt"] and world()[1] > rows:
-        raise ValueError(f"{world()[1]} processes, but a training step has {rows} rows to share; "
-                         "start fewer, or give more --batch_tokens")
-    own = read_record(out)
-    record = own or read_record(home)
-    if found["gpt"] and not record and not real:
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every number of slots
+    out, notes = pathlib.Path(config.out), []
+    if not shown:
+        check_folder(config, out)
+    home, real, gpt, solution = find(config, shown)
+    own = load(out / "text.json", {"words", "split", "trained on"})
+    record = own or load(home / "text.json", {"words", "split", "trained on"})
+    if gpt and not real and not record:
         raise ValueError(f"{home}: a run of another version, without its words (no text.json)")
     if not shown and world()[0] == 0:
         print("reading the text", flush=True)  # which takes a few seconds
-    texts, now = data.deal(data.documents(config.corpus or None), record)
-    if own and not shown and now["fingerprint"] != own["fingerprint"]:
+    texts, text = data.deal(data.documents(config.corpus or None), record)
+    fingerprint, ranks = text["fingerprint"], home / "tokenizer.tiktoken"
+    if own and not shown and fingerprint != own["fingerprint"]:
         raise ValueError(f"{out}: this run was begun on another text than is here now: another "
                          "Python, or changed files; go on with those, or report on this text with "
                          "--eval")
-    ranks = home / "tokenizer.tiktoken"
-    encoding = (real["encoding"] if real else
-                data.tokenizer(config.vocab_size, ranks, texts["train"]))
-    if found["gpt"] and found["gpt"]["config"]["vocab_size"] != encoding.n_vocab:
-        raise ValueError(f"{ranks}: not the tokeniser of the GPT beside it")
+    if real:
+        encoding, trained_on = real["encoding"], None
+        notes.append(real["note"])
+    else:
+        encoding = data.tokenizer(config.vocab_size, ranks, texts["train"])
+        trained_on = record["trained on"] if record else fingerprint
+        if gpt and gpt.config.vocab_size != encoding.n_vocab:
+            raise ValueError(f"{ranks}: not the tokeniser of the GPT beside it")
     longest = config.length * max(*config.evolve_at, *config.report_at)
-    parts, words = data.make_parts(texts, encoding, longest, record and record["words"])
-    trained_on = None if real else record["trained on"] if record else now["fingerprint"]
-    split = (record["split"] if record else {}) | now["split"]  # what was dealt once stays dealt
-    found["text"] = now | {"split": split, "words": words, "trained on": trained_on}
-    return encoding, parts, found
-
-
-def notes(config, encoding, text):
-    """What a user should know before the numbers come: [line]."""
-    lines = []
+    parts, text["words"] = data.make_parts(texts, encoding, longest, record and record["words"])
+    text["split"] |= record["split"] if record else {}  # what was dealt once stays dealt
+    text["trained on"] = trained_on
     if encoding.n_vocab < config.vocab_size:
-        lines.append(f"the text teaches a tokeniser {encoding.n_vocab} tokens, fewer than "
+        notes.append(f"the text teaches a tokeniser {encoding.n_vocab} tokens, fewer than "
                      f"--vocab_size {config.vocab_size}")
-    if text["trained on"] is None:
-        lines.append(checkpoint(config.base)["note"])
-    elif text["fingerprint"] != text["trained on"]:
-        lines.append(f"another text ({text['fingerprint']}) than the GPT was trained on "
-                     f"({text['trained on']}): the same words, new documents; nothing that it was "
-                     "trained on is asked about")
-    return lines
+    if trained_on not in (None, fingerprint):
+        notes.append(f"another text ({fingerprint}) than the GPT was trained on ({trained_on}): "
+                     "the same words, new documents; nothing that it was trained on is asked about")
+    return encoding, parts, {
+        "gpt": gpt, "namm": solution, "text": text, "notes": notes,
+        "training": load(out / "training.pt"), "evolution": load(out / "evolution.pt")}
 
 
 def open_log(out):
-    """The run's log.txt, locked as long as this process lives; None in other processes than the
-    first. Raises ValueError when another run is at work in the folder."""
+    """log(line), which adds a line to the run's log.txt and prints it, in the first process. The
+    file is locked as long as that is there. Raises ValueError when another run has locked it."""
     if world()[0] > 0:
-        return None
-    file = open(out / "log.txt", "a", encoding="utf-8")
+        return lambda line: None
+    file = open(out / "log.txt", "a", encoding="utf-8", buffering=1)
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{out}: another run is at work in this folder; wait for it, or give "
                          "another --out") from None
-    return file
+
+    def log(line):
+        """Write and print a line."""
+        file.write(line + "\n")
+        tqdm.write(line)
+    return log
 
 
-def restored(checkpoint, device):
-    """The GPT of a gpt.pt, or of `checkpoint`."""
-    if "gpt" in checkpoint:
-        return checkpoint["gpt"].to(device)
-    gpt = GPT(GPTConfig(**checkpoint["config"])).to(device)
-    gpt.load_state_dict(checkpoint["model"])
-    return gpt.eval()
-
-
-def base_model(out, part, n_vocab, found, config, log):
-    """The GPT that was found, or a new one, trained on the part; saved in the folder of the run,
-    which so means what it says when its base is gone. (A real checkpoint stays where it is.)"""
-    if found["gpt"]:
-        log("GPT: that of an earlier run" if "model" in found["gpt"] else f"GPT: {config.base}")
-        if "model" in found["gpt"] and not (out / "gpt.pt").exists():
-            save(out / "gpt.pt", found["gpt"])
-        return restored(found["gpt"], config.device)
-    sizes, progress = {name: getattr(config, name) for name in SIZES}, found["progress"]
-    if progress and progress["stage"] != "training":  # the gpt.pt made then was deleted
-        progress = None
-    first = progress["step"] if progress else 0
+def new_gpt(part, n_vocab, config, log, state, keep):
+    """A GPT, trained on the part. keep(state) is called on the way; from that state training goes
+    on to the same bits."""
     torch.manual_seed(config.seed)
-    gpt = GPT(GPTConfig(**sizes | {"vocab_size": n_vocab})).to(config.device)
+    sizes = {name: getattr(config, name) for name in SIZES} | {"vocab_size": n_vocab}
+    gpt, first = GPT(GPTConfig(**sizes)).to(config.device), state["step"] if state else 0
 
     def lesson(step):
         """A step's batch, words to recall, and seed."""
@@ -1077,71 +1013,52 @@ def base_model(out, part, n_vocab, found, config, log):
                                    config.batch_tokens, config.recall)
         return batch, words, config.seed * 1_000_003 + step
 
-    workers = {}
-    if config.device == "cuda":  # it learns faster than one process writes prompts
-        workers = {"num_workers": 4, "multiprocessing_context": "fork"}
-    lessons = torch.utils.data.DataLoader(range(first, config.steps), batch_size=None,
-                                          collate_fn=lesson, **workers)
+    workers = 4 if config.device == "cuda" else 0  # it learns faster than one process writes
+    lessons = torch.utils.data.DataLoader(
+        range(first, config.steps), batch_size=None, collate_fn=lesson, num_workers=workers,
+        multiprocessing_context="fork" if workers else None)
     weights, start = sum(p.numel() for p in gpt.parameters()), time.time()
     log(f"training a GPT of {weights:,} parameters" + f", from step {first}" * bool(first))
     train(gpt, lessons, config.steps, config.lr, precision(config.device),
-          config.rows * config.length, progress,
-          lambda state: save(out / "progress.pt", state | {"stage": "training"}))
-    save(out / "gpt.pt", {"config": vars(gpt.config), "model": gpt.state_dict()})
+          config.rows * config.length, state, keep)
     log(f"{len(lessons):,} steps of training in {time.time() - start:.0f} s")
     return gpt.eval()
 
 
-def versions_here(device):
-    """What the numbers were made with."""
+def run(config, encoding, parts, found, log):
+    """Train, evolve, report; the files go to the run's folder. What is there is not done again."""
+    start, out, gpt, solution = time.time(), pathlib.Path(config.out), found["gpt"], found["namm"]
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return {"python": platform.python_version(), "torch": str(torch.__version__),
-            "numpy": np.__version__,
-            "device": torch.cuda.get_device_name() if device == "cuda" else cpu}
-
-
-def run(config, out, encoding, parts, found, file):
-    """Train, evolve, report; the files go to the folder `out`. What is there is not done again."""
-    start = time.time()
-
-    def log(line):
-        """Add a line to log.txt and print it; the first process does."""
-        if file:
-            file.write(line + "\n")
-            file.flush()
-            tqdm.write(line)
-
-    versions = versions_here(config.device)
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
+                "numpy": np.__version__,
+                "device": torch.cuda.get_device_name() if config.device == "cuda" else cpu}
     log(f"{json.dumps(vars(config))}\n{json.dumps(versions)}")
     for name, part in parts.items():
         log(f"{name:8s}{len(part.tokens):10,} tokens of text, {len(part.words):5,} words for keys")
-    for line in notes(config, encoding, found["text"]):
+    for line in found["notes"]:
         log(line)
-    gpt = base_model(out, parts["train"], encoding.n_vocab, found, config, log)
-    progress = found["progress"] or {"stage": None}
-    if found["namm"]:
-        solution, cost = solution_of(found["namm"]), found["namm"]["cost"]
-    else:
-        state = progress if progress["stage"] == "evolution" else None
-        solution, cost = evolve(gpt, parts, config, log, state, lambda state: save(
-            out / "progress.pt", state | {"stage": "evolution"}))
+    if not gpt:
+        gpt = new_gpt(parts["train"], encoding.n_vocab, config, log, found["training"],
+                      lambda state: save(out / "training.pt", state))
+    if found["text"]["trained on"] and not (out / "gpt.pt").exists():  # else a real checkpoint
+        save(out / "gpt.pt", {"config": vars(gpt.config), "model": gpt.state_dict()})
+    if not solution:
+        solution = evolve(gpt, parts, config, log, found["evolution"],
+                          lambda state: save(out / "evolution.pt", state))
     if world()[0] > 0:  # the report is written by the first process
         return
-    save(out / "namm.pt", vars(solution) | {"cost": cost})
-    result = {"config": vars(config), "versions": versions, "evolution": cost,
-              "text": {name: found["text"][name] for name in ("fingerprint", "trained on")}}
-    moot = {"rows": 0, "out": ""}  # change nothing
-    if progress["stage"] == "report" and progress["config"] | moot == vars(config) | moot:
-        result = progress
-    for section in (report, curve, example)[:1 if config.methods else None]:
-        if section.__name__ not in result:
-            result[section.__name__] = section(gpt, solution, parts["report"], config)
-            save(out / "progress.pt", result | {"stage": "report"})
-    result.pop("stage", None)
+    save(out / "namm.pt", vars(solution))
+    result = {"config": vars(config), "versions": versions, "evolution": solution.cost,
+              "text": {name: found["text"][name] for name in ("fingerprint", "trained on")},
+              "report": report(gpt, solution, parts["report"], config)}
+    if not config.methods:
+        result["curve"] = curve(gpt, solution, parts["report"], config)
+        result["example"] = example(gpt, solution, parts["report"], config)
     result["seconds"] = time.time() - start
     text = as_json(result)
     save(out / "results.json", re.sub(r'}, (?={"\w+":)', "},\n ", text))
-    (out / "progress.pt").unlink()
+    for name in ("training.pt", "evolution.pt"):
+        (out / name).unlink(missing_ok=True)
     log(table(result["report"]))
     log(f"{out / 'results.json'} holds all of it; {time.time() - start:.0f} s")
     if (pathlib.Path(__file__).parent / "extras" / "page.py").exists() and not config.methods:
@@ -1167,12 +1084,11 @@ def main():
             torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every number of slots
-        out = pathlib.Path(config.out)
         encoding, parts, found = prepare(config, shown)
+        out = pathlib.Path(config.out)
         if not shown:
             out.mkdir(parents=True, exist_ok=True)
-            file = open_log(out)
+            log = open_log(out)
             save(out / "config.json", json.dumps(vars(config), indent=1))
             if found["text"]["trained on"]:  # else the tokeniser is the checkpoint's
                 save(out / "tokenizer.tiktoken", data.ranks_file(encoding))
@@ -1180,13 +1096,12 @@ def main():
     except (ValueError, OSError) as error:
         refuse(error)
     if shown:
-        for line in notes(config, encoding, found["text"]):
+        for line in found["notes"]:
             print(line)
-        gpt, solution = restored(found["gpt"], config.device), solution_of(found["namm"])
-        return show(example(gpt, solution, parts["report"], config, shown))
+        return show(example(found["gpt"], found["namm"], parts["report"], config, shown))
     go_on = f"python evolve.py --resume {out}"
     try:
-        run(config, out, encoding, parts, found, file)
+        run(config, encoding, parts, found, log)
     except KeyboardInterrupt:
         sys.exit(f"\nstopped; the same command goes on from here, and so does: {go_on}")
     except FloatingPointError as error:
