@@ -193,27 +193,6 @@ def answer_logits(gpt, batch, config, manage=None, copies=1):
     return row, at, logits, batch.tokens[row % len(batch.tokens), n + at], kept
 
 
-def score_answers(gpt, batch, config, manage, copies):
-    """What `evaluate` returns, of rows that are read at once."""
-    row, at, logits, target, kept = answer_logits(gpt, batch, config, manage, copies)
-    logprob = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
-    wrong = (logits.argmax(-1) != target).float()
-    B, N, A = len(kept), len(batch.tokens), int(batch.answer.max()) + 1
-    which = row * A + batch.answer[row % N, batch.context + at]  # (M,) answer of each token
-
-    def total(x):
-        """Sums over the tokens of each answer: (M,) -> (B,A-1)."""
-        return torch.zeros(B * A, device=x.device).index_add(0, which, x).view(B, A)[:, 1:]
-
-    def mean(x):
-        """Mean over the answers of a prompt: (B,A-1) -> (B,)."""
-        return (x * asked).sum(1) / asked.sum(1)
-
-    size = total(torch.ones_like(wrong))
-    asked, logprob = (size > 0).float(), total(logprob) / size.clamp(min=1)
-    return mean(total(wrong) == 0), mean(logprob.exp()), mean(logprob), kept
-
-
 def evaluate(gpt, batch, config, manage=None, copies=1):
     """Read the contexts with the cache managed, then ask. Rows B = copies x prompts. Returns four
     (B,), means over a prompt's answers, or over heads:
@@ -226,13 +205,24 @@ def evaluate(gpt, batch, config, manage=None, copies=1):
     At most config.rows rows are read at once, or, without a manager, as many tokens as those have
     at the training length."""
     N, L = batch.tokens.shape
-    each = copies if manage else max(1, L // config.length)  # as how many rows a prompt counts
-    at_once, done = max(1, config.rows // each), []
-    for start in range(0, N, at_once):
-        some = batch.each(lambda x: x[start:start + at_once])
-        got = score_answers(gpt, some, config, manage, copies)
-        done.append([x.unflatten(0, (copies, -1)) for x in got])  # (copies,prompts) each
-    return [torch.cat(pieces, dim=1).flatten(0, 1) for pieces in zip(*done)]
+    at_once = max(1, config.rows // (copies if manage else max(1, L // config.length)))  # prompts
+    if N > at_once:
+        done = []
+        for some in torch.arange(N).split(at_once):
+            got = evaluate(gpt, batch.each(lambda x: x[some]), config, manage, copies)
+            done.append([x.unflatten(0, (copies, -1)) for x in got])  # (copies,prompts) each
+        return [torch.cat(pieces, dim=1).flatten(0, 1) for pieces in zip(*done)]
+    row, at, logits, target, kept = answer_logits(gpt, batch, config, manage, copies)
+    logprob = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]  # (M,)
+    wrong = (logits.argmax(-1) != target).float()
+    B, A = len(kept), int(batch.answer.max()) + 1
+    which = row * A + batch.answer[row % N, batch.context + at]  # (M,) answer of each token
+    size, wrong, logprob = (  # sums over the tokens of each answer, (B,A-1)
+        torch.zeros(B * A, device=x.device).index_add(0, which, x).view(B, A)[:, 1:]
+        for x in (torch.ones_like(wrong), wrong, logprob))
+    asked, logprob = (size > 0).float(), logprob / size.clamp(min=1)
+    means = [(x * asked).sum(1) / asked.sum(1) for x in (wrong == 0, logprob.exp(), logprob)]
+    return *means, kept
 
 
 def prompts(part, task, count, rng, length, device):
@@ -250,12 +240,17 @@ def evolve_prompts(part, config, seed, count, times):
             for task in config.evolve_on.split(",") for n in times]
 
 
+def bins(config):
+    """The number of bins of a token's spectrum."""
+    return len(namm.MEMORIES[config.memory]) * namm.F
+
+
 def feature_statistics(gpt, batches, config, kind=Solution):
     """Mean and standard deviation of the spectra over the full cache, (F,) each."""
-    memories = namm.MEMORIES[config.memory]
-    totals = torch.zeros(3, len(memories) * namm.F, dtype=torch.float64, device=config.device)
+    totals = torch.zeros(3, bins(config), dtype=torch.float64, device=config.device)
+    manage = kind.statistics(totals, config.frames == "opened", namm.MEMORIES[config.memory])
     for batch in batches:
-        evaluate(gpt, batch, config, kind.statistics(totals, config.frames == "opened", memories))
+        evaluate(gpt, batch, config, manage)
     return namm.mean_std(totals.cpu())
 
 
@@ -422,7 +417,7 @@ def random_vectors(solution, config):
     return dataclasses.replace(solution, params=(es.ask() * scale).float())
 
 
-def managed(method, solution, slots, config, rules=namm.RULES):
+def managed(method, solution, slots, config):
     """The manager of a method's name, None for a full cache. namm_uncapped: NAMM without the
     capacity it was evolved with. A rule keeps as many slots as `namm` kept in the mean: in each
     layer; or, with +pool, in the mean over layers; or, with +lastlayer, the same number in the last
@@ -435,7 +430,7 @@ def managed(method, solution, slots, config, rules=namm.RULES):
         return manager(solution, config, **({"capacity": 0} if method == "namm_uncapped" else {}))
     name, _, how = method.partition("+")
     budget = max(1, math.ceil(slots - 1e-9))  # a mean of 40, if rounding puts it just above
-    return namm.by_rule(rules[name], budget, how == "pool", how == "lastlayer")
+    return namm.by_rule(namm.RULES[name], budget, how == "pool", how == "lastlayer")
 
 
 def slots_of(share, n, config):
@@ -454,7 +449,7 @@ def every_task(part, config, count, seed, length):
                       [task for own in batches for task in own.tasks])
 
 
-def report(gpt, solution, part, config, rules=namm.RULES):
+def report(gpt, solution, part, config):
     """Every method on every task and length: [{method, task, length, score, logprob, relative (to
     the full cache, None where that has 0), cache, seed, lead, lead_se, seconds}].
 
@@ -464,17 +459,15 @@ def report(gpt, solution, part, config, rules=namm.RULES):
     rows, methods = [], config.methods.split(",") if config.methods else SHOWN
     methods = sorted(methods, key=lambda method: method != "namm")  # whose slots the rules get
     trained = getattr(gpt, "trained_length", None) or config.length  # a checkpoint's own, if known
-    bar = tqdm(total=len(methods) * len(config.report_at), desc="report", mininterval=1,
-               dynamic_ncols=True, disable=None)
     for times in config.report_at:
         count = config.report_prompts if times <= 4 else config.far_prompts
         length = times * config.length
         batch = every_task(part, config, count, [config.seed, 4, times], length)
         adds, slots = {}, None
-        for method in methods:
+        for method in tqdm(methods, f"report at {length} tokens", mininterval=1, disable=None):
             began, stretch = time.time(), max(1, length / trained) if method == "ntk" else 1
             copies = RANDOM if method == "random_vectors" else 1
-            manage = managed(method, solution, slots, config, rules)
+            manage = managed(method, solution, slots, config)
             got = evaluate(gpt.scaled(stretch), batch, config, manage, copies)
             got = [x.cpu().view(copies, -1) for x in got]  # (copies,prompts) each
             own = task_rows(method, [x.mean(0) for x in got], batch, adds)
@@ -486,7 +479,6 @@ def report(gpt, solution, part, config, rules=namm.RULES):
             seconds = (time.time() - began) / len(own)
             rows += [row | {"length": length, "seed": config.seed, "seconds": seconds}
                      for row in own]
-            bar.update()
     full = {(row["task"], row["length"]): row["score"] for row in rows if row["method"] == "full"}
     for row in rows:
         base = full[row["task"], row["length"]]
@@ -524,7 +516,8 @@ def curve(gpt, solution, part, config):
     """Score against slots: [{method, length, capacity, slots, score, seed}], means over tasks, on
     few prompts of one length. One vector gives NAMM's whole curve; the rules keep as many slots."""
     rows, length = [], config.length * min(4, max(config.report_at))
-    batch = every_task(part, config, min(2, config.report_prompts), [config.seed, 7, length], length)
+    count = min(2, config.report_prompts)
+    batch = every_task(part, config, count, [config.seed, 7, length], length)
     for share in (1 / 8, 1 / 4, 1 / 2, 1, 2):
         capacity = math.ceil(share * (config.capacity or config.delay))
         cut = dataclasses.replace(config, capacity=capacity, threshold=-math.inf)
@@ -532,9 +525,9 @@ def curve(gpt, solution, part, config):
         for method in ("namm", "tova+pool", "snapkv+pool"):
             got = evaluate(gpt, batch, cut, managed(method, solution, slots, cut))
             slots = slots or slots_of(got[3].mean().item(), batch.context, cut)
-            scores = [row["score"] for row in task_rows(method, [x.cpu() for x in got], batch, adds)]
+            own = task_rows(method, [x.cpu() for x in got], batch, adds)
             rows.append({"method": method, "length": length, "capacity": capacity, "slots": slots,
-                         "seed": config.seed, "score": float(np.mean(scores))})
+                         "seed": config.seed, "score": float(np.mean([row["score"] for row in own]))})
     return rows
 
 
@@ -630,6 +623,7 @@ def table(rows):
 
 
 # --- 5. Settings ---------------------------------------------------------------------------------
+#     What cannot be raises ValueError, here and in 6, with a line for the user.
 
 @dataclasses.dataclass
 class Config:
@@ -702,6 +696,10 @@ PRESETS = {
     "plain": dict(recall=0.0, steps=600, tasks="lm,dialog,log,code", evolve_on="dialog,log,code",
                   n_kv_head=2, memory="both", delay=64, prompts=2, generations=100, validate=20),
 }
+# from what on a number may be, and below what it must be, if not from 1 on
+RANGES = {"seed": (0, 2 ** 32), "recall": (0, 1), "capacity": (0, math.inf), "lr": (1e-9, math.inf),
+          "sigma": (1e-9, math.inf), "threshold": (-math.inf, math.inf), "popsize": (4, math.inf),
+          "length": (64, math.inf), "head_dim": (4, math.inf), "vocab_size": (267, math.inf)}
 FREE = ("out", "device", "rows")  # what may differ when a run goes on
 SIZES = [f.name for f in dataclasses.fields(GPTConfig) if hasattr(Config, f.name)]  # of a GPT
 
@@ -735,8 +733,7 @@ def options():
 
 
 def parse(line=None):
-    """(Config, the task to show, or None for a run) from the command line. Raises ValueError, with
-    a line for the user, for what cannot be."""
+    """(Config, the task to show, or None for a run) from the command line."""
     given, brought = vars(options().parse_args(line)), {}
     for name, value in list(given.items()):
         if isinstance(value, str) and not value.strip():  # a shell variable that is not set
@@ -765,17 +762,16 @@ def parse(line=None):
 
 
 def check(c):
-    """Raise ValueError, with a line for the user, for settings that cannot be."""
-    zero_too = ("seed", "recall", "capacity")
+    """Refuse settings that cannot be."""
     for f in dataclasses.fields(c):
+        low, high = RANGES.get(f.name, (1, math.inf))
         value = getattr(c, f.name)
         for x in value if f.type is tuple else (value,):
-            if f.type is str or f.name == "threshold" or 0 < x < math.inf:  # not NaN either
-                continue
-            if x != 0 or f.name not in zero_too:
-                raise ValueError(f"--{f.name} must be above 0" + ", or 0" * (f.name in zero_too))
-    shortest, evolved, methods = c.length * min(c.evolve_at), c.evolve_on.split(","), c.methods
-    n, known = shortest - data.question_tokens(shortest), data.TASKS | data.COMING_BACK
+            if f.type is not str and not low <= x < high:  # not NaN either
+                raise ValueError(f"--{f.name} must be {low} or more, and below {high}")
+    evolved, methods, known = c.evolve_on.split(","), c.methods, data.TASKS | data.COMING_BACK
+    n = c.length * min(c.evolve_at)
+    n -= data.question_tokens(n)
     for holds, message in [
         (c.device == "cpu" or torch.cuda.is_available(), "device cuda: PyTorch finds no GPU"),
         *((set(own) <= set(known) and len(set(own)) == len(own),
@@ -783,23 +779,18 @@ def check(c):
           for name, own in (("evolve_on", evolved), ("tasks", c.tasks.split(",")))),
         (1 <= c.stages <= min(len(evolved), c.generations),
          f"stages: from 1 to --generations, and to the number of tasks evolved on, {len(evolved)}"),
-        (c.head_dim % 2 == 0 and c.head_dim > 2, "head_dim must be even, and 4 or more"),
+        (c.head_dim % 2 == 0, "head_dim must be even"),
         (c.n_head % c.n_kv_head == 0, "n_head must be a multiple of --n_kv_head"),
-        (c.length >= 64 and c.length % 4 == 0, "length must be a multiple of 4, and 64 or more"),
+        (c.length % 4 == 0, "length must be a multiple of 4"),
         (c.batch_tokens >= c.length * int(os.environ.get("WORLD_SIZE", 1)),
          "batch_tokens must be --length or more, for each process"),
         (c.delay % namm.HOP == 0, f"delay must be a multiple of {namm.HOP}"),
         (c.delay <= n, f"delay {c.delay}: the contexts to evolve on have {n} tokens, so nothing "
          "would ever be evicted"),
-        (c.popsize >= 4, "popsize must be 4 or more"),
         (not methods or {"namm", "full"} <= set(methods.split(",")) <= set(METHODS),
          f"methods: namm and full, and any of namm_uncapped, ntk, random_vectors, "
          f"{', '.join(namm.RULES)}; rules also with +pool or +lastlayer after the name"),
-        (c.recall < 1, "recall must be below 1"),
-        (c.seed < 2 ** 32, "seed must be below 2 ** 32"),
-        (not math.isnan(c.threshold), "threshold must be a number"),
         (c.eval or not c.vector, "vector: give --eval TARGET as well, the run whose GPT it serves"),
-        (c.vocab_size > 266, "vocab_size must be above 266: bytes, digits, and what is learned"),
     ]:
         if not holds:
             raise ValueError("--" + message)
@@ -823,39 +814,34 @@ def save(path, content):
     else:
         torch.save(content, buffer)  # in memory first: a full disk is then an OSError
     try:
-        with open(temporary, "wb") as file:
-            file.write(buffer.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.write_bytes(buffer.getvalue())
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)  # still there: the disk is full, say
 
 
-def load(path, names=(), device="cpu"):
+def load(path, names, device="cpu"):
     """What `save` wrote to `path`, a dict with these names; None if there is no such file. A file
-    from a stranger runs no code. Raises ValueError, with a line for the user, for one that is
-    damaged, foreign or older."""
+    from a stranger runs no code."""
     if not path.exists():
         return None
-    advice, why = "delete it, and what it held is computed again", "of another version"
+    why, is_json = "of another version", path.suffix == ".json"
     try:
-        if path.suffix == ".json":
-            advice = "delete its folder, or give another"
+        if is_json:
             state = json.loads(path.read_text("utf-8"))
         else:
             state = torch.load(path, map_location=device, weights_only=True)
-        if set(names) <= state.keys():
+        if names <= state.keys():
             return state
     except Exception as error:  # torch.load raises many kinds
         why = f"damaged, or not a file of this program ({type(error).__name__})"
-    raise ValueError(f"{path}: {why}; {advice}")
+    mend = "its folder" if is_json else "it, and what it held is computed again"
+    raise ValueError(f"{path}: {why}; delete {mend}")
 
 
 def load_settings(folder):
-    """{name: value}, the settings of the run in a folder. Raises ValueError if there is none, or
-    one that this version cannot read."""
-    own = load(pathlib.Path(folder) / "config.json")
+    """{name: value}, the settings of the run in a folder."""
+    own = load(pathlib.Path(folder) / "config.json", set())
     if own is None:
         raise ValueError(f"{folder}: the folder holds no run (no config.json)")
     if foreign := own.keys() - vars(Config()):
@@ -865,7 +851,7 @@ def load_settings(folder):
 
 
 def load_gpt(path, device):
-    """The GPT of a gpt.pt, None if there is no such file. Raises ValueError as `load` does."""
+    """The GPT of a gpt.pt, None if there is no such file."""
     found = load(path, {"config", "model"}, device)
     if not found:
         return None
@@ -875,13 +861,11 @@ def load_gpt(path, device):
 
 
 def load_solution(folder, config):
-    """The Solution that a run found, None if it is not finished. Raises ValueError for one of
-    another NAMM than the settings say."""
+    """The Solution that a run found, None if it has not; it must be for the settings' NAMM."""
     found = load(folder / "namm.pt", {"params", "mean", "std", "zero", "cost"})
     if not found:
         return None
-    bins, count = len(namm.MEMORIES[config.memory]) * namm.F, len(found["params"])
-    needed = len(Solution.steps(bins))
+    count, needed = len(found["params"]), len(Solution.steps(bins(config)))
     if count != needed:
         raise ValueError(f"{folder / 'namm.pt'}: {count} parameters, and NAMM with --memory "
                          f"{config.memory} has {needed}: of another scorer, or another --memory")
@@ -890,41 +874,32 @@ def load_solution(folder, config):
 
 def checkpoint(base):
     """What extras/pretrained.py reads of a GPT that others trained: {"config": its sizes, "gpt",
-    "encoding", "note": a line about it}; None when `base` is the folder of a run, or empty. Raises
-    ValueError, with a line for the user, for what is not there, or is not supported."""
+    "encoding", "note": a line about it}; None when `base` is the folder of a run, or empty."""
     if not base or (pathlib.Path(base) / "gpt.pt").exists():
         return None
     from extras import pretrained
     return pretrained.as_base(base)
 
 
-def check_folder(config, out):
-    """Raise ValueError if a run with other settings is in the folder."""
-    if not (out / "config.json").exists():
-        return
-    old, finished = load_settings(out), (out / "results.json").exists()
-    differs = ", ".join(f"{name} {value or '(none)'}" for name, value in vars(config).items()
-                        if name not in FREE and old.get(name) != value)
-    if differs:
-        raise ValueError(f"{out} holds a {'finished ' * finished}run with other settings than "
-                         f"{differs}; give another --out, or delete it"
-                         + "; --eval reports on it again" * finished)
-
-
 def find(config, shown):
     """(folder of the GPT, a real checkpoint or None, the GPT or None, the Solution or None): what
-    is there before a run begins, or before a prompt is shown. Raises ValueError."""
+    is there before a run begins, or before a prompt is shown."""
     homes = [pathlib.Path(folder) for folder in (config.out, config.eval, config.base) if folder]
-    made = [home for home in homes if (home / "gpt.pt").exists()]
+    out, made = homes[0], [home for home in homes if (home / "gpt.pt").exists()]
+    if not shown and (out / "config.json").exists():
+        old, finished = load_settings(out), (out / "results.json").exists()
+        differs = [f"{name} {value or '(none)'}" for name, value in vars(config).items()
+                   if name not in FREE and old.get(name) != value]
+        if differs:
+            raise ValueError(f"{out} holds a {'finished ' * finished}run with other settings than "
+                             f"{', '.join(differs)}; give another --out, or delete it"
+                             + "; --eval reports on it again" * finished)
     home = (made or homes[1:] or homes)[0]
     real = None if made else checkpoint(config.base)
-    if real:
-        gpt = real["gpt"].to(config.device)
-    else:
-        gpt = load_gpt(home / "gpt.pt", config.device)
+    gpt = real["gpt"].to(config.device) if real else load_gpt(home / "gpt.pt", config.device)
     if len(homes) > 1 and not gpt:
         raise ValueError(f"{home}: the folder has no gpt.pt")
-    folder = pathlib.Path(not shown and (config.vector or config.eval) or config.out)
+    folder = out if shown else pathlib.Path(config.vector or config.eval or out)
     solution = load_solution(folder, config)
     if (shown or config.eval) and not solution:
         raise ValueError(f"{folder}: the folder holds no finished run (no namm.pt); python "
@@ -935,17 +910,15 @@ def find(config, shown):
 def prepare(config, shown=None):
     """(encoding, parts, what earlier runs left: {"gpt", "namm", "training", "evolution", each None
     if it is not there; "text": for text.json; "notes": [line] for the user}). Writes nothing, and
-    looks at all that can be refused: raises ValueError, with a line for the user.
+    looks at all that can be refused.
 
     GPT, tokeniser and words come from the folder itself, or that of --eval or --base. What decides
     what a score means is saved with a run, so another text changes no word that is asked."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every number of slots
-    out, notes = pathlib.Path(config.out), []
-    if not shown:
-        check_folder(config, out)
+    out, notes, names = pathlib.Path(config.out), [], {"words", "split", "trained on"}
     home, real, gpt, solution = find(config, shown)
-    own = load(out / "text.json", {"words", "split", "trained on"})
-    record = own or load(home / "text.json", {"words", "split", "trained on"})
+    own = load(out / "text.json", names)
+    record = own or load(home / "text.json", names)
     if gpt and not real and not record:
         raise ValueError(f"{home}: a run of another version, without its words (no text.json)")
     if not shown and world()[0] == 0:
@@ -976,12 +949,13 @@ def prepare(config, shown=None):
                      "the same words, new documents; nothing that it was trained on is asked about")
     return encoding, parts, {
         "gpt": gpt, "namm": solution, "text": text, "notes": notes,
-        "training": load(out / "training.pt"), "evolution": load(out / "evolution.pt")}
+        "training": load(out / "training.pt", {"step"}),
+        "evolution": load(out / "evolution.pt", {"next"})}
 
 
 def open_log(out):
     """log(line), which adds a line to the run's log.txt and prints it, in the first process. The
-    file is locked as long as that is there. Raises ValueError when another run has locked it."""
+    file is locked as long as that is there."""
     if world()[0] > 0:
         return lambda line: None
     file = open(out / "log.txt", "a", encoding="utf-8", buffering=1)
