@@ -10,17 +10,17 @@
 
 import argparse
 import copy
-import dataclasses
 import inspect
 import io
 import json
 import math
 import os
-import pathlib
 import platform
 import re
 import sys
 import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,10 +44,9 @@ class CMAES:
     the tutorial.
 
     mean (n,), sigma: where to start and how far to step. diagonal: only the variances are adapted
-    (sep-CMA, Ros and Hansen 2008), with rates (n + 2) / 3 times as fast: what n = 4172 needs, where
-    the full matrix hardly moves within a run. Use: candidates = ask(); tell(fitness); again. The
-    best estimate is `mean`. All randomness comes from (seed, generation): state_dict() restores
-    exactly. """
+    (sep-CMA, Ros and Hansen 2008), with rates (n + 2) / 3 times as fast: at n = 4172 the full
+    matrix hardly moves within a run. Use: candidates = ask(); tell(fitness); again. The best
+    estimate is `mean`. All randomness comes from (seed, generation)."""
 
     def __init__(self, mean, sigma, popsize=None, seed=0, diagonal=False):
         self.mean = torch.as_tensor(mean, dtype=torch.float64).clone()
@@ -136,10 +135,9 @@ class CMAES:
 
 # --- 2. Prompts through the cache ----------------------------------------------------------------
 
-@dataclasses.dataclass
+@dataclass
 class Solution:
-    """What evolution finds, and namm.pt holds. A subclass may replace the functions, and so what
-    evolves."""
+    """What evolution finds, and namm.pt holds. (A subclass may evolve something else.)"""
     params: torch.Tensor  # (4172,), or (P,4172)
     mean: torch.Tensor  # (F,) of the spectra over the full cache: collected once, then frozen
     std: torch.Tensor  # (F,)
@@ -149,14 +147,14 @@ class Solution:
     statistics = staticmethod(namm.statistics)
 
     @staticmethod
-    def steps(bins):
-        """The unit of each parameter's steps, (4172,), for spectra of so many bins."""
-        return namm.scale(namm.shapes(namm.N_AGE + bins))
+    def steps(memory):
+        """The unit of each parameter's steps, (4172,): a sigma of 1."""
+        return namm.scale(namm.shapes(namm.N_AGE + len(namm.MEMORIES[memory]) * namm.F))
 
 
 def manager(solution, config, **changes):
     """NAMM as the settings say, with changes of theirs."""
-    c = dataclasses.replace(config, **changes)
+    c = replace(config, **changes)
     params, mean, std = (x.to(c.device) for x in (solution.params, solution.mean, solution.std))
     threshold = c.threshold + (0.0 if c.capacity else solution.zero)
     return solution.method(torch.atleast_2d(params), mean, std, threshold, c.capacity,
@@ -233,64 +231,53 @@ def prompts(part, task, count, rng, length, device):
 # --- 3. Evolution --------------------------------------------------------------------------------
 
 def evolve_prompts(part, config, seed, count, times):
-    """`count` prompts of each task to evolve on at each of these lengths, in training lengths:
-    [Batch]."""
+    """[Batch]: `count` prompts of each task to evolve on, at each of these training lengths."""
     rng = np.random.default_rng([config.seed, seed])
     return [prompts(part, task, count, rng, config.length * n, config.device)
             for task in config.evolve_on.split(",") for n in times]
 
 
-def bins(config):
-    """The number of bins of a token's spectrum."""
-    return len(namm.MEMORIES[config.memory]) * namm.F
-
-
 def feature_statistics(gpt, batches, config, kind=Solution):
     """Mean and standard deviation of the spectra over the full cache, (F,) each."""
-    totals = torch.zeros(3, bins(config), dtype=torch.float64, device=config.device)
-    manage = kind.statistics(totals, config.frames == "opened", namm.MEMORIES[config.memory])
+    memories = namm.MEMORIES[config.memory]
+    totals = torch.zeros(3, len(memories) * namm.F, dtype=torch.float64, device=config.device)
     for batch in batches:
-        evaluate(gpt, batch, config, manage)
+        evaluate(gpt, batch, config, kind.statistics(totals, config.frames == "opened", memories))
     return namm.mean_std(totals.cpu())
 
 
 def fitness(gpt, solution, best, batches, config):
-    """(P,) fitness of solution.params (P,n) or (n,), or (1,) of the full cache for solution None,
-    and the share of the cache kept, mean over all. Each Batch has prompts of one task, the same for
-    all candidates: mean likelihood of the answers over `best` {task: the full cache's at the
-    training length}; then the mean over the batches. The likelihood has no ties, as exact match
-    has; and the paper's divisor, the full cache's score on the same prompts (config.fitness
-    "score"), is near 0 where it is to be beaten.
-
-    Candidates are dealt to the processes of the run in turn; each process gets all the results."""
+    """(P,) fitness of solution.params (P,n) or (n,), or (1,) of the full cache for solution None;
+    and the mean share of the cache kept. All candidates read the same batches, each of one task.
+    Fitness: the likelihood of the answers over `best`, {task: the full cache's at the training
+    length}, mean over the batches. It has no ties, as exact match has; and the paper's divisor
+    (config.fitness "score"), the full cache's score on the same prompts, is near 0 where it is to
+    be beaten. Candidates are dealt to the processes in turn; each process gets all the results."""
     params = torch.atleast_2d(solution.params) if solution else [None]
-    P, (rank, size), done = len(params), world(), 0
+    P, (rank, size) = len(params), world()
     total = torch.zeros(2, P, device=config.device)  # fitness, cache kept
-    for batch in batches:
+    for number, batch in enumerate(batches):
         count, divisor = len(batch.tasks), best[batch.tasks[0]]
         if config.fitness == "score":
             divisor = max(evaluate(gpt, batch, config)[0].mean().item(), 0.01)
-        mine, at_once = range((rank - done) % size, P, size), max(1, config.rows // count)
-        for start in range(0, len(mine), at_once):
-            some, manage = list(mine[start:start + at_once]), None  # candidates
-            if solution:
-                manage = manager(dataclasses.replace(solution, params=params[some]), config)
+        mine = torch.arange((rank - number) % size, P, size)  # candidates
+        for some in mine.split(max(1, config.rows // count)):
+            manage = manager(replace(solution, params=params[some]), config) if solution else None
             exact, likelihood, _, cache = evaluate(gpt, batch, config, manage, len(some))
             value = exact if config.fitness == "score" else likelihood
             got = torch.stack([value / divisor, cache.float()])
             total[:, some] += got.view(2, -1, count).mean(2)
-        done += 1
-    total = summed(total).cpu() / done
+    total = summed(total).cpu() / len(batches)
     return total[0], total[1].mean().item()
 
 
-def calibrate_threshold(gpt, solution, part, config, log, validate):
-    """The score from which on tokens stay when there is no capacity. While the capacity decides,
-    evolution has no reason to put zero anywhere; in the paper, which has none, evolution finds it.
-    So we try, afterwards, the scores that 50, 40, 30, 20 and 10 % of the tokens of a full cache
-    reach, and take the highest whose fitness is within 0.01 of the best."""
+def calibrate_threshold(gpt, solution, best, part, choose, config, log):
+    """The score from which on tokens stay without a capacity. While a capacity decides, evolution
+    has no reason to put zero anywhere; in the paper, which has none, evolution finds it. So we try,
+    afterwards, the scores that 50, 40, 30, 20 and 10 % of the tokens of a full cache reach, and
+    take the highest whose fitness is within 0.01 of the best."""
     everything = manager(solution, config, capacity=0, threshold=-math.inf)
-    free = dataclasses.replace(config, capacity=0)
+    free = replace(config, capacity=0)
     scores, values, shortest = [], {}, config.length * min(config.evolve_at)
     for task in config.evolve_on.split(","):
         rng, seen = np.random.default_rng([config.seed, 11]), []
@@ -304,7 +291,7 @@ def calibrate_threshold(gpt, solution, part, config, log, validate):
     scores = torch.cat(scores).cpu()
     for share in (0.5, 0.4, 0.3, 0.2, 0.1):
         zero = float(np.quantile(scores, 1 - share))
-        [value], kept = validate(dataclasses.replace(solution, zero=zero), free)
+        [value], kept = fitness(gpt, replace(solution, zero=zero), best, choose, free)
         values[zero] = value.item()
         log(f"uncapped, zero at {zero:.2f}: fitness {value:.3f}, cache {kept:.1%}")
     good = [zero for zero, value in values.items() if value >= max(values.values()) - 0.01]
@@ -334,32 +321,30 @@ def generation(gpt, es, solution, best, part, config, g):
     return {"candidates": got.mean().item(), "best": got.max().item(), "cache": kept}
 
 
-def cost_of(state, full, config):
-    """What evolution took, when its mean passed the full cache's fitness, and its history."""
-    passed = [point["generation"] for point in state["history"] if point.get("mean", 0.0) > full]
+def cost_of(history, seconds, full, config):
+    """What evolution took, and when its mean passed the full cache's fitness."""
+    passed = [point["generation"] for point in history if point.get("mean", 0.0) > full]
     tasks = sum(len(tasks_at(g + 1, config)) for g in range(config.generations))
-    return {"generations": config.generations, "seconds": state["seconds"],
+    return {"generations": config.generations, "seconds": seconds,
             "fitness of the full cache": full,
             "passed the full cache at generation": min(passed, default=None),
-            "candidate prompts read": config.popsize * config.prompts * tasks,
-            "history": state["history"]}
+            "candidate prompts read": config.popsize * config.prompts * tasks, "history": history}
 
 
 def evolve(gpt, parts, config, log, state, keep, kind=Solution):
     """Evolve the manager of the cache: a Solution. keep(state) is called after each generation;
     from that state evolution goes on to the same bits. kind: Solution, or a subclass.
 
-    Fitness is noisy. So what is kept is an average of the means of the search distribution, the
-    last ten of which count most; and of these averages the one that does best on the prompts to
-    choose by, which are never evolved on. (config.pick "last": the last mean, as in the paper.)
-    Generation 0, all zeros, drops nothing of its own accord: only the capacity evicts."""
-    longest = (max(config.evolve_at),)
-    mean, std = feature_statistics(
-        gpt, evolve_prompts(parts["evolve"], config, 1, 8, longest), config, kind)
+    Fitness is noisy. So what is kept is an average of the means of the search distribution, mostly
+    of the last ten; and of these averages the best on the prompts to choose by, which are never
+    evolved on. (config.pick "last": the last mean, as in the paper.) Generation 0, all zeros, drops
+    nothing of its own accord: only the capacity evicts."""
+    long = evolve_prompts(parts["evolve"], config, 1, 8, [max(config.evolve_at)])
+    mean, std = feature_statistics(gpt, long, config, kind)
     best = {batch.tasks[0]: evaluate(gpt, batch, config)[1].mean().item()
-            for batch in evolve_prompts(parts["evolve"], config, 5, 16, (1,))}
+            for batch in evolve_prompts(parts["evolve"], config, 5, 16, [1])}
     choose = evolve_prompts(parts["choose"], config, 3, config.choose_prompts, config.evolve_at)
-    scale = kind.steps(len(mean))
+    scale = kind.steps(config.memory)
     es = CMAES(torch.zeros(len(scale)), config.sigma, config.popsize, config.seed,
                config.covariance == "diagonal")
 
@@ -367,11 +352,7 @@ def evolve(gpt, parts, config, log, state, keep, kind=Solution):
         """Of parameters (4172,) or (P,4172) in units of their steps."""
         return kind((params * scale).float(), mean, std)
 
-    def validate(solution, config=config):
-        """Fitness on the prompts to choose by."""
-        return fitness(gpt, solution, best, choose, config)
-
-    full = validate(None)[0].item()
+    full = fitness(gpt, None, best, choose, config)[0].item()
     log(f"the full cache's fitness on the prompts to choose by: {full:.3f}")
     state = state or {"next": 0, "es": es.state_dict(), "average": es.mean, "chosen": es.mean,
                       "seconds": 0.0, "highest": -math.inf, "history": []}
@@ -385,7 +366,7 @@ def evolve(gpt, parts, config, log, state, keep, kind=Solution):
             state["average"] = state["average"] + (es.mean - state["average"]) / min(g, 10)
         if g % config.validate == 0 or g == last:
             chosen = es.mean if config.pick == "last" else state["average"]
-            [value], kept = validate(solution(chosen))
+            [value], kept = fitness(gpt, solution(chosen), best, choose, config)
             point |= {"mean": value.item(), "its cache": kept}
             if g and (value > state["highest"] or config.pick == "last"):
                 state |= {"highest": value.item(), "chosen": chosen}
@@ -395,9 +376,9 @@ def evolve(gpt, parts, config, log, state, keep, kind=Solution):
         if es.diagonal or "mean" in point:  # a full covariance is 139 MB
             keep(state | {"next": g + 1, "es": es.state_dict()})
     made = solution(state["chosen"])
-    made.cost = cost_of(state, full, config)
+    made.cost = cost_of(state["history"], state["seconds"], full, config)
     if config.capacity:
-        made.zero = calibrate_threshold(gpt, made, parts["choose"], config, log, validate)
+        made.zero = calibrate_threshold(gpt, made, best, parts["choose"], choose, config, log)
     return made
 
 
@@ -412,22 +393,24 @@ RANDOM = 12  # vectors of "random_vectors"
 
 def random_vectors(solution, config):
     """The solution with vectors that nobody evolved, (RANDOM,4172): CMA-ES's first distribution."""
-    scale = solution.steps(len(solution.mean))
+    scale = solution.steps(config.memory)
     es = CMAES(torch.zeros(len(scale)), config.sigma, RANDOM, config.seed + 2 ** 32, diagonal=True)
-    return dataclasses.replace(solution, params=(es.ask() * scale).float())
+    return replace(solution, params=(es.ask() * scale).float())
 
 
 def managed(method, solution, slots, config):
     """The manager of a method's name, None for a full cache. namm_uncapped: NAMM without the
-    capacity it was evolved with. A rule keeps as many slots as `namm` kept in the mean: in each
-    layer; or, with +pool, in the mean over layers; or, with +lastlayer, the same number in the last
-    layer first. random_vectors: RANDOM of them at once."""
+    capacity it was evolved with. random_vectors: RANDOM of them at once. A rule keeps as many slots
+    as `namm` kept in the mean: in each layer; or, with +pool, in the mean over layers; or, with
+    +lastlayer, the same number in the last layer first."""
     if method in ("full", "ntk"):
         return None
     if method == "random_vectors":
         return manager(random_vectors(solution, config), config)
-    if method in ("namm", "namm_uncapped"):
-        return manager(solution, config, **({"capacity": 0} if method == "namm_uncapped" else {}))
+    if method == "namm_uncapped":
+        return manager(solution, config, capacity=0)
+    if method == "namm":
+        return manager(solution, config)
     name, _, how = method.partition("+")
     budget = max(1, math.ceil(slots - 1e-9))  # a mean of 40, if rounding puts it just above
     return namm.by_rule(namm.RULES[name], budget, how == "pool", how == "lastlayer")
@@ -440,8 +423,8 @@ def slots_of(share, n, config):
 
 
 def every_task(part, config, count, seed, length):
-    """`count` prompts of each of config.tasks, one task after the other, in one Batch on the
-    device. seed: [numbers]."""
+    """One Batch of `count` prompts of each of config.tasks, one task after the other. seed:
+    [numbers]."""
     batches = [prompts(part, task, count, np.random.default_rng([*seed, t]), length, config.device)
                for t, task in enumerate(config.tasks.split(","))]
     return data.Batch(torch.cat([own.tokens for own in batches]),
@@ -465,10 +448,10 @@ def report(gpt, solution, part, config):
         batch = every_task(part, config, count, [config.seed, 4, times], length)
         adds, slots = {}, None
         for method in tqdm(methods, f"report at {length} tokens", mininterval=1, disable=None):
-            began, stretch = time.time(), max(1, length / trained) if method == "ntk" else 1
-            copies = RANDOM if method == "random_vectors" else 1
+            began, copies = time.time(), RANDOM if method == "random_vectors" else 1
+            used = gpt.scaled(max(1, length / trained)) if method == "ntk" else gpt
             manage = managed(method, solution, slots, config)
-            got = evaluate(gpt.scaled(stretch), batch, config, manage, copies)
+            got = evaluate(used, batch, config, manage, copies)
             got = [x.cpu().view(copies, -1) for x in got]  # (copies,prompts) each
             own = task_rows(method, [x.mean(0) for x in got], batch, adds)
             if method == "namm":
@@ -487,10 +470,9 @@ def report(gpt, solution, part, config):
 
 
 def task_rows(method, got, batch, adds):
-    """A method's rows of the report at one length, one a task, from what `evaluate` gave it on a
-    batch of `every_task`. The score of `lm` is 1 / perplexity, of others the share of answers that
-    are exact. adds {(method, task): what each prompt adds to the score}: filled in here, NAMM
-    first, since the others are compared with it."""
+    """A method's rows of the report, one a task, from what `evaluate` gave it on a batch of
+    `every_task`. The score of `lm` is 1 / perplexity, of others the share of exact answers. adds
+    {(method, task): what each prompt adds to the score}: filled in here, NAMM's first."""
     tasks = list(dict.fromkeys(batch.tasks))
     rows, count = [], len(batch.tasks) // len(tasks)
     for t, task in enumerate(tasks):
@@ -520,36 +502,35 @@ def curve(gpt, solution, part, config):
     batch = every_task(part, config, count, [config.seed, 7, length], length)
     for share in (1 / 8, 1 / 4, 1 / 2, 1, 2):
         capacity = math.ceil(share * (config.capacity or config.delay))
-        cut = dataclasses.replace(config, capacity=capacity, threshold=-math.inf)
+        cut = replace(config, capacity=capacity, threshold=-math.inf)
         slots, adds = None, {}
         for method in ("namm", "tova+pool", "snapkv+pool"):
             got = evaluate(gpt, batch, cut, managed(method, solution, slots, cut))
             slots = slots or slots_of(got[3].mean().item(), batch.context, cut)
             own = task_rows(method, [x.cpu() for x in got], batch, adds)
+            mean = float(np.mean([row["score"] for row in own]))
             rows.append({"method": method, "length": length, "capacity": capacity, "slots": slots,
-                         "seed": config.seed, "score": float(np.mean([row["score"] for row in own]))})
+                         "seed": config.seed, "score": mean})
     return rows
 
 
 @torch.no_grad()
 def watch(gpt, solution, batch, config):
-    """What becomes of each of the n tokens of N contexts, a dict for each layer: lives (N,K,n)
-    bool, at the end; score (N,K,n), the last, NaN for a token never judged; spectrum (N,K,n,F), the
-    last moving average of complete frames."""
-    n, fate = batch.context, []
-    for _ in range(config.n_layer):
-        score = torch.full((len(batch.tokens), config.n_kv_head, n), math.nan, device=config.device)
-        fate.append({"lives": score.isnan(), "score": score,
-                     "spectrum": score.new_zeros(*score.shape, namm.F)})
+    """What becomes of the n tokens of N contexts, (layers,N,K,n): {"lives": bool, at the end;
+    "score": the last, NaN for a token never judged; "spectrum": (layers,N,K,n,F), the last moving
+    average of complete frames}."""
+    n, shape = batch.context, (config.n_layer, len(batch.tokens), config.n_kv_head, batch.context)
+    score = torch.full(shape, math.nan, device=config.device)
+    fate = {"lives": score.isnan(), "score": score, "spectrum": score.new_zeros(*shape, namm.F)}
 
     def note(cache, scores, keep):
         """What is known of each slot that is judged, at its position in the text."""
-        for own, layer, score, stays in zip(fate, cache, scores, keep):
-            row, head, slot = layer.alive.nonzero(as_tuple=True)
-            at = row, head, layer.positions[row, head, slot]
-            own["score"][at] = score[row, head, slot]
-            own["spectrum"][at] = layer.state["memory"][row, head, slot, namm.HOP:][:, :namm.F]
-            own["lives"][at] = stays[row, head, slot]
+        for l, layer in enumerate(cache):
+            row, head, slot = own = layer.alive.nonzero(as_tuple=True)
+            at = l, row, head, layer.positions[own]
+            fate["score"][at] = scores[l][own]
+            fate["spectrum"][at] = layer.state["memory"][own][:, namm.HOP:namm.HOP + namm.F]
+            fate["lives"][at] = keep[l][own]
 
     cache = gpt.new_cache(len(batch.tokens), config.positions == "renumbered")
     with precision(config.device):
@@ -561,8 +542,8 @@ def watch(gpt, solution, batch, config):
 def example(gpt, solution, part, config, task=None):
     """One prompt for people, of 1024 tokens, or the training length if more, no longer than
     evolution saw: {task, length, text [n], asked [{question, answer, full, namm}], heads [name]},
-    and for each head what `watch` gives: lives [n], score [n], spectrum [n][F]. task: kv if none is
-    given, or the first evolved on where the GPT has not learned kv."""
+    and for each head what `watch` gives: lives [n], score [n], spectrum [n][F]. task: if not given,
+    kv, or the first evolved on where the GPT has not learned kv."""
     length = min(config.length * max(config.evolve_at), max(config.length, 1024))
     if not task:
         task = "kv" if "kv" in config.tasks.split(",") else config.evolve_on.split(",")[0]
@@ -579,21 +560,17 @@ def example(gpt, solution, part, config, task=None):
         pieces |= {method: reply[at] for method, reply in replies.items()}
         asked.append({name: part.decode(piece.tolist()) for name, piece in pieces.items()})
         start = at[-1] + 1
-    text = [part.decode([token]) for token in tokens[:n].tolist()]
-    shown = {"task": task, "length": len(tokens), "text": text, "asked": asked,
-             "heads": [], "lives": [], "score": [], "spectrum": []}
-    for layer, fate in enumerate(watch(gpt, solution, batch, config)):
-        for head in range(config.n_kv_head):
-            shown["heads"].append(f"layer {layer}, head {head}")
-            shown["lives"].append(fate["lives"][0, head].tolist())
-            for name in ("score", "spectrum"):
-                shown[name].append(fate[name][0, head].double().round(decimals=4).tolist())
-    return shown
+    fate = {name: x[:, 0].flatten(0, 1) for name, x in watch(gpt, solution, batch, config).items()}
+    heads = [f"layer {l}, head {k}" for l in range(config.n_layer) for k in range(config.n_kv_head)]
+    return {"task": task, "length": len(tokens), "asked": asked, "heads": heads,
+            "text": [part.decode([token]) for token in tokens[:n].tolist()],
+            "lives": fate["lives"].tolist(),
+            "score": fate["score"].double().round(decimals=4).tolist(),
+            "spectrum": fate["spectrum"].double().round(decimals=4).tolist()}
 
 
 def show(shown):
-    """Print an example: what is left of its context in each head (`~` for what went), the
-    answers."""
+    """Print an example: what each head keeps of its context (`~` for what went), the answers."""
     print(f"{shown['task']}, {shown['length']} tokens\n\n" + "".join(shown["text"]))
     for name, lives in zip(shown["heads"], shown["lives"]):
         left = "".join(token if stays else "\0" for token, stays in zip(shown["text"], lives))
@@ -605,8 +582,8 @@ def show(shown):
 
 
 def table(rows):
-    """The report as Markdown, a table for each length: a method's score on each task, the mean, its
-    share of the cache, and how much NAMM is ahead, with a 95 % interval over prompts."""
+    """The report as Markdown, a table for each length: scores, their mean, the share of the cache,
+    and how much NAMM is ahead, with a 95 % interval over prompts."""
     tasks = dict.fromkeys(row["task"] for row in rows)
     lines, head = [], ["method", *tasks, "all", "cache", "NAMM ahead"]
     for n in sorted({row["length"] for row in rows}):
@@ -625,7 +602,7 @@ def table(rows):
 # --- 5. Settings ---------------------------------------------------------------------------------
 #     What cannot be raises ValueError, here and in 6, with a line for the user.
 
-@dataclasses.dataclass
+@dataclass
 class Config:
     """Every setting. A comment is a setting's help; words with | are all that it can be."""
     out: str = ""  # folder of the run; runs/PRESET if not given
@@ -701,7 +678,7 @@ RANGES = {"seed": (0, 2 ** 32), "recall": (0, 1), "capacity": (0, math.inf), "lr
           "sigma": (1e-9, math.inf), "threshold": (-math.inf, math.inf), "popsize": (4, math.inf),
           "length": (64, math.inf), "head_dim": (4, math.inf), "vocab_size": (267, math.inf)}
 FREE = ("out", "device", "rows")  # what may differ when a run goes on
-SIZES = [f.name for f in dataclasses.fields(GPTConfig) if hasattr(Config, f.name)]  # of a GPT
+SIZES = [f.name for f in fields(GPTConfig) if hasattr(Config, f.name)]  # of a GPT
 
 
 def numbers(text):
@@ -714,10 +691,10 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      usage="python evolve.py [--preset NAME] [--OPTION VALUE ...]",
                                      argument_default=argparse.SUPPRESS)
-    parser._negative_number_matcher = re.compile(r"-\.?\d")  # as in Python 3.14: -1e-3 is no option
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # as of Python 3.14: also -1e-3
     parser.add_argument("--preset", choices=PRESETS, help="if not given, gpu where there is one")
     comments = dict(re.findall(r"(?m)^    (\w+): .*?  # (.*)$", inspect.getsource(Config)))
-    for f in dataclasses.fields(Config):
+    for f in fields(Config):
         comment, default = comments[f.name], f.default
         choices = comment.split(":")[0].split("|") if "|" in comment else None
         if f.type is tuple:
@@ -725,7 +702,6 @@ def options():
         parser.add_argument("--" + f.name, type=numbers if f.type is tuple else f.type,
                             choices=choices, metavar="VALUE",
                             help=comment.replace("%", "%%") + f" [{default}]")
-    parser.add_argument("--resume", help="go on with the run in this folder")
     parser.add_argument("--show", help="print what a finished run keeps of a prompt")
     parser.add_argument("--task", choices=data.TASKS | data.COMING_BACK, default="kv",
                         help="of the prompt to show")
@@ -738,12 +714,12 @@ def parse(line=None):
     for name, value in list(given.items()):
         if isinstance(value, str) and not value.strip():  # a shell variable that is not set
             raise ValueError(f"--{name} needs a folder, a file or a name, and got an empty text")
-        if name in ("corpus", "base", "eval", "vector", "resume", "show") and value != "smollm2":
-            given[name] = str(pathlib.Path(value).resolve())  # the same from any working folder
-    task, show, resume = (given.pop(name, None) for name in ("task", "show", "resume"))
-    if folder := show or resume or given.get("eval"):
+        if name in ("corpus", "base", "eval", "vector", "show") and value != "smollm2":
+            given[name] = str(Path(value).resolve())  # the same from any working folder
+    task, shown = given.pop("task"), given.pop("show", None)
+    if folder := shown or given.get("eval"):
         brought = load_settings(folder)
-        brought["out"] = folder if show or resume else f"{folder}/eval"
+        brought["out"] = shown or f"{folder}/eval"
     elif base := given.get("base"):
         real = checkpoint(base)
         own = real["config"] if real else load_settings(base)
@@ -758,12 +734,12 @@ def parse(line=None):
     given = {"out": f"runs/{preset}", **PRESETS[preset], **given, "device": device}
     config = Config(**given)
     check(config)
-    return config, task if show else None
+    return config, task if shown else None
 
 
 def check(c):
     """Refuse settings that cannot be."""
-    for f in dataclasses.fields(c):
+    for f in fields(c):
         low, high = RANGES.get(f.name, (1, math.inf))
         value = getattr(c, f.name)
         for x in value if f.type is tuple else (value,):
@@ -841,7 +817,7 @@ def load(path, names, device="cpu"):
 
 def load_settings(folder):
     """{name: value}, the settings of the run in a folder."""
-    own = load(pathlib.Path(folder) / "config.json", set())
+    own = load(Path(folder) / "config.json", set())
     if own is None:
         raise ValueError(f"{folder}: the folder holds no run (no config.json)")
     if foreign := own.keys() - vars(Config()):
@@ -865,7 +841,7 @@ def load_solution(folder, config):
     found = load(folder / "namm.pt", {"params", "mean", "std", "zero", "cost"})
     if not found:
         return None
-    count, needed = len(found["params"]), len(Solution.steps(bins(config)))
+    count, needed = len(found["params"]), len(Solution.steps(config.memory))
     if count != needed:
         raise ValueError(f"{folder / 'namm.pt'}: {count} parameters, and NAMM with --memory "
                          f"{config.memory} has {needed}: of another scorer, or another --memory")
@@ -875,82 +851,74 @@ def load_solution(folder, config):
 def checkpoint(base):
     """What extras/pretrained.py reads of a GPT that others trained: {"config": its sizes, "gpt",
     "encoding", "note": a line about it}; None when `base` is the folder of a run, or empty."""
-    if not base or (pathlib.Path(base) / "gpt.pt").exists():
+    if not base or (Path(base) / "gpt.pt").exists():
         return None
     from extras import pretrained
     return pretrained.as_base(base)
 
 
-def find(config, shown):
+def find(config, task):
     """(folder of the GPT, a real checkpoint or None, the GPT or None, the Solution or None): what
-    is there before a run begins, or before a prompt is shown."""
-    homes = [pathlib.Path(folder) for folder in (config.out, config.eval, config.base) if folder]
+    is there before a run begins, or before a prompt of a task is shown."""
+    homes = [Path(folder) for folder in (config.out, config.eval, config.base) if folder]
     out, made = homes[0], [home for home in homes if (home / "gpt.pt").exists()]
-    if not shown and (out / "config.json").exists():
-        old, finished = load_settings(out), (out / "results.json").exists()
+    if not task and (out / "config.json").exists():
+        old = load_settings(out)
         differs = [f"{name} {value or '(none)'}" for name, value in vars(config).items()
                    if name not in FREE and old.get(name) != value]
         if differs:
-            raise ValueError(f"{out} holds a {'finished ' * finished}run with other settings than "
-                             f"{', '.join(differs)}; give another --out, or delete it"
-                             + "; --eval reports on it again" * finished)
+            raise ValueError(f"{out} holds a run with other settings than {', '.join(differs)}; "
+                             f"give another --out, or delete it; --eval {out} reports on it again")
     home = (made or homes[1:] or homes)[0]
     real = None if made else checkpoint(config.base)
     gpt = real["gpt"].to(config.device) if real else load_gpt(home / "gpt.pt", config.device)
     if len(homes) > 1 and not gpt:
         raise ValueError(f"{home}: the folder has no gpt.pt")
-    folder = out if shown else pathlib.Path(config.vector or config.eval or out)
+    folder = out if task else Path(config.vector or config.eval or out)
     solution = load_solution(folder, config)
-    if (shown or config.eval) and not solution:
-        raise ValueError(f"{folder}: the folder holds no finished run (no namm.pt); python "
-                         f"evolve.py --resume {folder} goes on with one that was stopped")
+    if (task or config.eval) and not solution:
+        raise ValueError(f"{folder}: the folder holds no finished run (no namm.pt)")
     return home, real, gpt, solution
 
 
-def prepare(config, shown=None):
+def prepare(config, task=None):
     """(encoding, parts, what earlier runs left: {"gpt", "namm", "training", "evolution", each None
     if it is not there; "text": for text.json; "notes": [line] for the user}). Writes nothing, and
-    looks at all that can be refused.
+    looks at all that can be refused. task: of a prompt to show, None for a run.
 
     GPT, tokeniser and words come from the folder itself, or that of --eval or --base. What decides
     what a score means is saved with a run, so another text changes no word that is asked."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every number of slots
-    out, notes, names = pathlib.Path(config.out), [], {"words", "split", "trained on"}
-    home, real, gpt, solution = find(config, shown)
+    out, names = Path(config.out), {"words", "split", "trained on", "fingerprint"}
+    home, real, gpt, solution = find(config, task)
     own = load(out / "text.json", names)
     record = own or load(home / "text.json", names)
     if gpt and not real and not record:
         raise ValueError(f"{home}: a run of another version, without its words (no text.json)")
-    if not shown and world()[0] == 0:
+    if world()[0] == 0:
         print("reading the text", flush=True)  # which takes a few seconds
     texts, text = data.deal(data.documents(config.corpus or None), record)
-    fingerprint, ranks = text["fingerprint"], home / "tokenizer.tiktoken"
-    if own and not shown and fingerprint != own["fingerprint"]:
-        raise ValueError(f"{out}: this run was begun on another text than is here now: another "
-                         "Python, or changed files; go on with those, or report on this text with "
-                         "--eval")
+    here, ranks = text["fingerprint"], home / "tokenizer.tiktoken"
+    if own and not task and here != own["fingerprint"]:
+        raise ValueError(f"{out}: this run was begun on another text, or under another Python; go "
+                         "on with that, or report on this text with --eval")
     if real:
-        encoding, trained_on = real["encoding"], None
-        notes.append(real["note"])
+        encoding, notes = real["encoding"], [real["note"]]
     else:
-        encoding = data.tokenizer(config.vocab_size, ranks, texts["train"])
-        trained_on = record["trained on"] if record else fingerprint
+        encoding, notes = data.tokenizer(config.vocab_size, ranks, texts["train"]), []
         if gpt and gpt.config.vocab_size != encoding.n_vocab:
             raise ValueError(f"{ranks}: not the tokeniser of the GPT beside it")
     longest = config.length * max(*config.evolve_at, *config.report_at)
     parts, text["words"] = data.make_parts(texts, encoding, longest, record and record["words"])
-    text["split"] |= record["split"] if record else {}  # what was dealt once stays dealt
-    text["trained on"] = trained_on
-    if encoding.n_vocab < config.vocab_size:
-        notes.append(f"the text teaches a tokeniser {encoding.n_vocab} tokens, fewer than "
-                     f"--vocab_size {config.vocab_size}")
-    if trained_on not in (None, fingerprint):
-        notes.append(f"another text ({fingerprint}) than the GPT was trained on ({trained_on}): "
+    text["trained on"] = None if real else here
+    if record:  # what was dealt once stays dealt
+        text |= {"split": record["split"] | text["split"], "trained on": record["trained on"]}
+    if text["trained on"] not in (None, here):
+        notes.append(f"another text ({here}) than the GPT was trained on ({text['trained on']}): "
                      "the same words, new documents; nothing that it was trained on is asked about")
-    return encoding, parts, {
-        "gpt": gpt, "namm": solution, "text": text, "notes": notes,
-        "training": load(out / "training.pt", {"step"}),
-        "evolution": load(out / "evolution.pt", {"next"})}
+    return encoding, parts, {"gpt": gpt, "namm": solution, "text": text, "notes": notes,
+                             "training": load(out / "training.pt", {"step"}),
+                             "evolution": load(out / "evolution.pt", {"next"})}
 
 
 def open_log(out):
@@ -963,8 +931,7 @@ def open_log(out):
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{out}: another run is at work in this folder; wait for it, or give "
-                         "another --out") from None
+        raise OSError(f"{out}: another run is at work in this folder") from None
 
     def log(line):
         """Write and print a line."""
@@ -992,16 +959,23 @@ def new_gpt(part, n_vocab, config, log, state, keep):
         range(first, config.steps), batch_size=None, collate_fn=lesson, num_workers=workers,
         multiprocessing_context="fork" if workers else None)
     weights, start = sum(p.numel() for p in gpt.parameters()), time.time()
-    log(f"training a GPT of {weights:,} parameters" + f", from step {first}" * bool(first))
+    log(f"training a GPT of {weights:,} parameters, from step {first}")
     train(gpt, lessons, config.steps, config.lr, precision(config.device),
           config.rows * config.length, state, keep)
     log(f"{len(lessons):,} steps of training in {time.time() - start:.0f} s")
     return gpt.eval()
 
 
-def run(config, encoding, parts, found, log):
+def run(config, encoding, parts, found):
     """Train, evolve, report; the files go to the run's folder. What is there is not done again."""
-    start, out, gpt, solution = time.time(), pathlib.Path(config.out), found["gpt"], found["namm"]
+    start, out, text = time.time(), Path(config.out), found["text"]
+    gpt, solution = found["gpt"], found["namm"]
+    out.mkdir(parents=True, exist_ok=True)
+    log = open_log(out)
+    save(out / "config.json", json.dumps(vars(config), indent=1))
+    save(out / "text.json", json.dumps(text))
+    if text["trained on"]:  # else a real checkpoint, which stays where it is, with its tokeniser
+        save(out / "tokenizer.tiktoken", data.ranks_file(encoding))
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     versions = {"python": platform.python_version(), "torch": str(torch.__version__),
                 "numpy": np.__version__,
@@ -1014,7 +988,7 @@ def run(config, encoding, parts, found, log):
     if not gpt:
         gpt = new_gpt(parts["train"], encoding.n_vocab, config, log, found["training"],
                       lambda state: save(out / "training.pt", state))
-    if found["text"]["trained on"] and not (out / "gpt.pt").exists():  # else a real checkpoint
+    if text["trained on"] and not (out / "gpt.pt").exists():
         save(out / "gpt.pt", {"config": vars(gpt.config), "model": gpt.state_dict()})
     if not solution:
         solution = evolve(gpt, parts, config, log, found["evolution"],
@@ -1023,21 +997,21 @@ def run(config, encoding, parts, found, log):
         return
     save(out / "namm.pt", vars(solution))
     result = {"config": vars(config), "versions": versions, "evolution": solution.cost,
-              "text": {name: found["text"][name] for name in ("fingerprint", "trained on")},
+              "text": {name: text[name] for name in ("fingerprint", "trained on")},
               "report": report(gpt, solution, parts["report"], config)}
     if not config.methods:
         result["curve"] = curve(gpt, solution, parts["report"], config)
         result["example"] = example(gpt, solution, parts["report"], config)
     result["seconds"] = time.time() - start
-    text = as_json(result)
-    save(out / "results.json", re.sub(r'}, (?={"\w+":)', "},\n ", text))
+    written = as_json(result)
+    save(out / "results.json", re.sub(r'}, (?={"\w+":)', "},\n ", written))
     for name in ("training.pt", "evolution.pt"):
         (out / name).unlink(missing_ok=True)
     log(table(result["report"]))
     log(f"{out / 'results.json'} holds all of it; {time.time() - start:.0f} s")
-    if (pathlib.Path(__file__).parent / "extras" / "page.py").exists() and not config.methods:
+    if (Path(__file__).parent / "extras" / "page.py").exists() and not config.methods:
         from extras import page  # the only arrow into extras: a picture of a finished result
-        save(out / "report.html", page.write(json.loads(text)))
+        save(out / "report.html", page.write(json.loads(written)))
         log(f"{out / 'report.html'} shows it")
 
 
@@ -1053,38 +1027,28 @@ def main():
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to stop
         stream.reconfigure(errors="replace")
     try:
-        config, shown = parse()
+        config, task = parse()
         if "WORLD_SIZE" in os.environ:  # torchrun --nproc-per-node=N evolve.py ...
             torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        encoding, parts, found = prepare(config, shown)
-        out = pathlib.Path(config.out)
-        if not shown:
-            out.mkdir(parents=True, exist_ok=True)
-            log = open_log(out)
-            save(out / "config.json", json.dumps(vars(config), indent=1))
-            if found["text"]["trained on"]:  # else the tokeniser is the checkpoint's
-                save(out / "tokenizer.tiktoken", data.ranks_file(encoding))
-            save(out / "text.json", json.dumps(found["text"]))
+        encoding, parts, found = prepare(config, task)
     except (ValueError, OSError) as error:
         refuse(error)
-    if shown:
-        for line in found["notes"]:
-            print(line)
-        return show(example(found["gpt"], found["namm"], parts["report"], config, shown))
-    go_on = f"python evolve.py --resume {out}"
+    if task:
+        print(*found["notes"], sep="\n")
+        return show(example(found["gpt"], found["namm"], parts["report"], config, task))
     try:
-        run(config, encoding, parts, found, log)
+        run(config, encoding, parts, found)
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; the same command goes on from here, and so does: {go_on}")
+        sys.exit("\nstopped; the same command goes on from here")
     except FloatingPointError as error:
-        refuse(f"{error}, with another --out, or delete {out}")
+        refuse(f"{error}, with another --out, or delete {config.out}")
     except torch.OutOfMemoryError:
-        fewer = f"{go_on} --rows {config.rows // 2} goes on"
-        refuse("out of memory; " + (fewer if config.rows > 1 else "give a smaller --length"))
+        refuse(f"out of memory; the same command with --rows {config.rows // 2 or 1} goes on; if "
+               "that is not enough, take another --out and a smaller --length")
     except OSError as error:
-        refuse(f"{error}; once that is mended, {go_on} goes on")
+        refuse(f"{error}; once that is mended, the same command goes on")
 
 
 if __name__ == "__main__":
