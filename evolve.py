@@ -260,8 +260,9 @@ def fitness(gpt, solution, best, batches, config):
         count, divisor = len(batch.tasks), best[batch.tasks[0]]
         if config.fitness == "score":
             divisor = max(evaluate(gpt, batch, config)[0].mean().item(), 0.01)
-        mine = torch.arange((rank - number) % size, P, size)  # candidates
-        for some in mine.split(max(1, config.rows // count)):
+        mine, at_once = range((rank - number) % size, P, size), max(1, config.rows // count)
+        for start in range(0, len(mine), at_once):
+            some = list(mine[start:start + at_once])  # candidates
             manage = manager(replace(solution, params=params[some]), config) if solution else None
             exact, likelihood, _, cache = evaluate(gpt, batch, config, manage, len(some))
             value = exact if config.fitness == "score" else likelihood
@@ -1036,7 +1037,8 @@ def main():
     except (ValueError, OSError) as error:
         refuse(error)
     if task:
-        print(*found["notes"], sep="\n")
+        for line in found["notes"]:
+            print(line)
         return show(example(found["gpt"], found["namm"], parts["report"], config, task))
     try:
         run(config, encoding, parts, found)

@@ -1145,15 +1145,15 @@ def test_rows_change_nothing_but_rounding(parts):
         model.train(gpt, lessons(parts, 16, 64, 3), 3, 1e-3, evolve.precision("cpu"), tokens)
         trained.append(torch.cat([p.detach().flatten() for p in gpt.parameters()]))
         gpt = small_gpt(parts, 0.1)
-        config = settings(rows=rows, capacity=20, length=64, delay=16, evolve_at=(2,))
+        config = settings(rows=rows, capacity=20, length=64, delay=16, evolve_on="kv,copy")
+        batches = evolve.evolve_prompts(made["evolve"], config, 1, 8, (1, 2))
         rng, solution = np.random.default_rng(0), evolve.Solution(params, *spectra)
         batch = data.prompts(made["report"], ["multikey"] * 9, rng, 128)
         scores.append([*evolve.evaluate(gpt, batch, config, evolve.manager(solution, config), 3),
                        *evolve.evaluate(gpt, batch, config, namm.by_rule(namm.tova, 20)),
                        *evolve.evaluate(gpt, batch, config),
-                       *evolve.feature_statistics(gpt, made["evolve"], config),
-                       evolve.fitness(gpt, solution, {"kv": 0.1}, made["evolve"], ["kv"],
-                                      lambda rng: [1, 2], 4, rng, config)[0]])
+                       *evolve.feature_statistics(gpt, batches, config),
+                       evolve.fitness(gpt, solution, {"kv": 0.1}, batches[:2], config)[0]])
     torch.testing.assert_close(*trained, atol=1e-4, rtol=1e-4)
     for got, want in zip(*scores, strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
@@ -1203,22 +1203,19 @@ def test_fitness_is_the_candidate_s_own(parts):
     own = evolve.Solution(0.3 * torch.randn(3, 4172), torch.zeros(17), torch.ones(17))
     config, want = evolve.Config(device="cpu", rows=4), torch.zeros(2, 4)
 
-    def fitness(solution):
-        return evolve.fitness(gpt, solution, best, part, ["kv", "copy"], lambda rng: [1, 2], 2,
-                              np.random.default_rng(0), config)
-
-    got, kept = fitness(own)
-    rng = np.random.default_rng(0)
-    for task, times in (("kv", 1), ("kv", 2), ("copy", 1), ("copy", 2)):
-        batch = data.prompts(part, [task] * 2, rng, times * 256)
+    batches = [data.prompts(part, [task] * 2, np.random.default_rng(0), times * 256)
+               for task, times in (("kv", 1), ("kv", 2), ("copy", 1), ("copy", 2))]
+    got, kept = evolve.fitness(gpt, own, best, batches, config)
+    for batch in batches:
         for prompt in range(2):
             alone = batch.each(lambda x: x[prompt:prompt + 1])
             for who in range(4):  # the last is the full cache
                 single = dataclasses.replace(own, params=own.params[who % 3])
                 manage = None if who == 3 else evolve.manager(single, config)
-                _, likelihood, _, cache = evolve.score_answers(gpt, alone, config, manage, 1)
-                want[:, who] += torch.stack([likelihood[0] / best[task], cache[0]]) / 8
-    whole = torch.cat([got, fitness(None)[0]]).float()
+                _, likelihood, _, cache = evolve.evaluate(gpt, alone, config, manage)
+                value = likelihood[0] / best[batch.tasks[0]]
+                want[:, who] += torch.stack([value, cache[0]]) / 8
+    whole = torch.cat([got, evolve.fitness(gpt, None, best, batches, config)[0]]).float()
     torch.testing.assert_close(whole, want[0], atol=1e-5, rtol=1e-3)
     assert kept == pytest.approx(want[1, :3].mean().item(), abs=1e-5)
     assert got.std() > 0.01 * got.mean()
@@ -1251,8 +1248,9 @@ def test_fitness_of_the_paper_by_hand(parts, monkeypatch):
 
     monkeypatch.setattr(evolve, "evaluate", evaluate)
     own = evolve.Solution(torch.zeros(2, 4172), torch.zeros(17), torch.ones(17))
-    got, _ = evolve.fitness(None, own, {"kv": 9, "lm": 9}, parts[2]["evolve"], ["kv", "lm"],
-                            lambda rng: [1], 2, np.random.default_rng(0), settings(fitness="score"))
+    batches = [data.prompts(parts[2]["evolve"], [task] * 2, np.random.default_rng(0), 64)
+               for task in exact]
+    got, _ = evolve.fitness(None, own, {"kv": 9, "lm": 9}, batches, settings(fitness="score"))
     # candidate 0: .75 / .25 and 0 / .01; candidate 1: .125 / .25 and .25 / .01
     assert got.tolist() == pytest.approx([(3 + 0) / 2, (0.5 + 25) / 2])
 
@@ -1324,7 +1322,7 @@ def test_random_vectors_are_reported_by_their_mean_and_the_best(parts):
         assert 0 < rows["random_vectors", task]["cache"] <= rows["namm", task]["cache"]
 
 
-def test_zero_is_set_afterwards_and_counts_without_a_capacity(parts):
+def test_zero_is_set_afterwards_and_counts_without_a_capacity(parts, monkeypatch):
     """Five places for zero, which a half, then less and less of all scores reach, and the highest
     of those that cost next to nothing. Catches: the best place instead, or one that costs; scores
     of a cut cache; a zero that counts where there is a capacity, or never."""
@@ -1332,15 +1330,15 @@ def test_zero_is_set_afterwards_and_counts_without_a_capacity(parts):
     own = evolve.Solution(0.3 * torch.randn(4172), torch.zeros(17), torch.ones(17))
     config = evolve.Config(device="cpu", length=128, delay=64, choose_prompts=2)
 
-    def validate(solution, config):
+    def fitness(gpt, solution, best, batches, config):
         asked.append((solution.zero, config.capacity))
         return torch.tensor([[.90, .95, .945, .93, .2][len(asked) - 1]]), 0.5
 
-    zero = evolve.calibrate_threshold(gpt, own, choose, config, quiet, validate)
+    monkeypatch.setattr(evolve, "fitness", fitness)
+    zero = evolve.calibrate_threshold(gpt, own, {}, choose, [], config, quiet)
     assert zero == asked[2][0] and asked == sorted(asked) and {most for _, most in asked} == {0}
-    never = evolve.calibrate_threshold(gpt, own, choose, config, quiet,
-                                       lambda *_: (torch.tensor([math.nan]), 0.5))
-    assert never == 0.0
+    monkeypatch.setattr(evolve, "fitness", lambda *_: (torch.tensor([math.nan]), 0.5))
+    assert evolve.calibrate_threshold(gpt, own, {}, choose, [], config, quiet) == 0.0
     tokens = torch.cat([evolve.prompts(choose, task, 2, np.random.default_rng([0, 11]), 128, "cpu")
                         .tokens[:, :64] for task in config.evolve_on.split(",")])
 
@@ -1367,7 +1365,9 @@ def test_watch_tells_who_stays_and_by_what_score(parts):
     own = evolve.Solution(0.2 * torch.randn(namm.N_PARAMS), spectrum, spectrum)
     cache, manage = gpt.new_cache(3, renumber=True), evolve.manager(own, config)
     model.read(gpt, batch.tokens[:, :batch.context], cache, config.delay, manage)
-    for fate, layer in zip(evolve.watch(gpt, own, batch, config), cache):
+    layers = evolve.watch(gpt, own, batch, config)
+    for l, layer in enumerate(cache):
+        fate = {name: x[l] for name, x in layers.items()}
         stays = (fate["score"] >= 0) | (torch.arange(batch.context) == batch.context - 1)
         assert torch.equal(stays, fate["lives"])
         for row in range(3):
@@ -1388,7 +1388,7 @@ def test_what_is_kept_is_an_average_of_the_means(parts, pick):
     counts generation 0; a validation that still decides."""
     gpt, states = small_gpt(parts, n_layer=2), []
     config = settings(n_layer=2, generations=12, evolve_at=(1,), pick=pick)
-    made, _ = evolve.evolve(gpt, parts[2], config, quiet, None, states.append)
+    made = evolve.evolve(gpt, parts[2], config, quiet, None, states.append)
     means = [state["es"]["mean"] for state in states]
     want = [torch.stack(means[1:g + 1]).mean(0) for g in range(1, 11)]
     for g in (11, 12):
@@ -1412,13 +1412,13 @@ def test_stages_add_a_task_each(parts, monkeypatch):
     of order, a task that is judged and was not asked for."""
     asked = []
 
-    def fitness(gpt, own, best, part, tasks, *rest):
-        asked.append(" ".join(tasks))
+    def fitness(gpt, own, best, batches, config):
+        asked.append(" ".join(dict.fromkeys(batch.tasks[0] for batch in batches)))
         return torch.rand(len(torch.atleast_2d(own.params)) if own else 1), 0.5
 
     monkeypatch.setattr(evolve, "fitness", fitness)
     config = settings(evolve_on="copy,lm,kv", stages=2, generations=4, validate=4)
-    _, cost = evolve.evolve(small_gpt(parts), parts[2], config, quiet, None, quiet)
+    cost = evolve.evolve(small_gpt(parts), parts[2], config, quiet, None, quiet).cost
     every = "copy lm kv"
     assert asked == [every] * 2 + ["copy lm"] * 2 + [every] * (3 + 5)  # 5: where zero is set
     assert cost["candidate prompts read"] == config.popsize * config.prompts * 10
@@ -1429,9 +1429,9 @@ def test_fitness_that_is_never_a_number_leaves_the_start(parts, monkeypatch):
     with one chosen by nothing."""
     monkeypatch.setattr(evolve, "fitness", lambda gpt, own, *rest: (
         torch.full((len(torch.atleast_2d(own.params)) if own else 1,), torch.nan), 0.5))
-    made, cost = evolve.evolve(small_gpt(parts), parts[2], settings(), quiet, None, quiet)
+    made = evolve.evolve(small_gpt(parts), parts[2], settings(), quiet, None, quiet)
     assert torch.equal(made.params, torch.zeros(4172))
-    assert cost["passed the full cache at generation"] is None
+    assert made.cost["passed the full cache at generation"] is None
 
 
 def test_memory_does_not_grow(parts):
@@ -1471,15 +1471,14 @@ SERVER.set_forkserver_preload(["test_namm", "torch._dynamo"])  # and what every 
 
 def program(arguments, folder, last, end):
     """evolve.py in a process of its own, which writes to two files in the folder. It gets the
-    signal `end` as soon as it has saved a file, or a progress of the stage, that is named
-    `last`."""
+    signal `end` as soon as it has saved the file that is named `last`."""
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), stream)
     whole = evolve.save
 
     def save(path, content):
         whole(path, content)
-        if last in (path.name, path.name == "progress.pt" and content["stage"]):
+        if path.name == last:
             os.kill(os.getpid(), end)
 
     evolve.save, sys.argv = save, ["evolve.py", *arguments]
@@ -1523,8 +1522,8 @@ def main(monkeypatch, capsys, *arguments):
 
 def prepared(*arguments):
     """(settings, tokeniser, parts, what was found) of a command line."""
-    config, shown = evolve.parse([*map(str, arguments)])
-    return config, *evolve.prepare(config, shown)
+    config, task = evolve.parse([*map(str, arguments)])
+    return config, *evolve.prepare(config, task)
 
 
 def read_json(path):
@@ -1595,7 +1594,7 @@ def test_smoke_run_writes_everything_and_reuses_its_gpt(smoke):
     other = run(*command, "--steps", 3)
     assert other.returncode == 2 and "steps 3" in other.stderr
     assert len(other.stderr.splitlines()) == 1
-    with pytest.raises(ValueError, match="finished run .* methods namm,full;.* --eval"):
+    with pytest.raises(ValueError, match="holds a run .* methods namm,full;.* --eval"):
         prepared(*command, "--methods", "namm,full")  # which would overwrite its report
 
 
@@ -1669,8 +1668,7 @@ def test_a_run_means_the_same_on_another_text(smoke, corpus, tmp_path):
         batch = data.prompts(parts["report"], ["multikey", "kv", "trace"] * 5,
                              np.random.default_rng(0), 256)
         made[name] = batch, found["text"]
-        lines = evolve.notes(config, encoding, found["text"])
-        assert len(lines) == (name == "other") + (encoding.n_vocab < config.vocab_size)
+        assert len(found["notes"]) == (name == "other")
     (own, mine), (changed, text) = made.values()
     assert torch.equal(own.tokens[:, own.context:], changed.tokens[:, own.context:])
     assert not torch.equal(own.tokens, changed.tokens) and mine["words"] == text["words"]
@@ -1684,7 +1682,7 @@ def test_a_run_means_the_same_on_another_text(smoke, corpus, tmp_path):
     settings = read_json(tmp_path / "begun" / "config.json") | {"corpus": str(other)}
     (tmp_path / "begun" / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="begun on another text"):
-        prepared("--resume", tmp_path / "begun")
+        prepared(*smoke[1], "--corpus", other, "--out", tmp_path / "begun")
 
 
 def test_a_terminal_without_the_signs_does_not_cost_the_results(smoke, tmp_path):
@@ -1702,10 +1700,10 @@ def test_a_terminal_without_the_signs_does_not_cost_the_results(smoke, tmp_path)
 def test_two_runs_do_not_share_a_folder(tmp_path):
     """Catches: two runs that write one log and one checkpoint."""
     first = evolve.open_log(tmp_path)
-    with pytest.raises(ValueError, match="another run is at work"):
+    with pytest.raises(OSError, match="another run is at work"):
         evolve.open_log(tmp_path)
-    first.close()
-    evolve.open_log(tmp_path).close()
+    del first
+    evolve.open_log(tmp_path)
 
 
 def test_of_several_processes_one_refuses(monkeypatch, capsys):
@@ -1740,17 +1738,18 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, corpus):
     command = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--steps", 110,
                "--generations", 3, "--report_at", 1, "--evolve_at", 1]
     never_stopped = start(*command, "--out", whole)
-    for last in ("training", "gpt.pt", "evolution", "report"):
+    for last in ("training.pt", "gpt.pt", "evolution.pt", "namm.pt"):
         by_hand = last == "gpt.pt"
         end = signal.SIGINT if by_hand else signal.SIGKILL
         stopped = run(*command, "--out", killed, last=last, end=end)
         assert stopped.returncode == (1 if by_hand else -signal.SIGKILL), stopped.stderr
-        assert (f"--resume {killed}" in stopped.stderr) == by_hand
-        if last == "evolution":  # whatever the device: candidates are drawn on the CPU
+        assert ("the same command goes on" in stopped.stderr) == by_hand
+        if last == "evolution.pt":  # whatever the device: candidates are drawn on the CPU
             (killed / "gpt.pt").unlink()
-            config, shown = evolve.parse(["--resume", str(killed)])
-            found = evolve.prepare(dataclasses.replace(config, device="meta"), shown)[2]
-            assert found["progress"]["es"]["mean"].device.type == "cpu"
+            config, task = evolve.parse([*map(str, command), "--out", str(killed)])
+            found = evolve.prepare(dataclasses.replace(config, device="meta"), task)[2]
+            assert found["evolution"]["es"]["mean"].device.type == "cpu"
+    assert run(*command, "--out", killed).returncode == 0
     log = (killed / "log.txt").read_text()
     assert "from step 100" in log and log.count("   0/3 | sigma") == 1
     assert finish(*never_stopped).returncode == 0
@@ -1760,35 +1759,29 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, corpus):
         assert history[:1] == history[1:]
         a, b = a.get("model", a), b.get("model", b)
         assert all(torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a)
-    progress, made = evolve.load(killed / "progress.pt", {"report"}), whole / "results.json"
-    rows = [[dict(row, seconds=0) for row in own["report"]] for own in (progress, read_json(made))]
-    assert rows[0] == rows[1]
-    progress["report"] = [dict(row, score=0.7) for row in rows[0]]  # a report made again has others
-    for folder, prompts in ((killed, 2), (whole, 1)):
-        torch.save(progress | {"config": progress["config"] | {"report_prompts": prompts}},
-                   folder / "progress.pt")
-        done = run("--resume", folder)
-        assert done.returncode == 0 and not (folder / "progress.pt").exists(), done.stderr
-        same = read_json(folder / "results.json")["report"] == progress["report"]
-        assert same == (folder == killed)
-    (killed / "progress.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match="progress.pt: damaged"):
-        prepared("--resume", killed)
+    rows = [[dict(row, seconds=0) for row in read_json(folder / "results.json")["report"]]
+            for folder in (whole, killed)]
+    assert rows[0] == rows[1] and not list(killed.glob("*ion.pt")) + list(killed.glob("*ing.pt"))
+    (killed / "evolution.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="evolution.pt: damaged"):
+        prepared(*command, "--out", killed)
 
 
 def test_a_write_that_is_cut_short_leaves_the_old_file(tmp_path, monkeypatch):
     """Catches: a file that is half the old one and half the new, after a crash or on a full
     disk."""
     path = tmp_path / "state.pt"
-    evolve.save(path, {"stage": 1})
+    evolve.save(path, {"step": 1})
 
-    def full(file):
+    def full(path, content):
+        with open(path, "wb") as file:
+            file.write(content[:9])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
     with pytest.raises(OSError):
-        evolve.save(path, {"stage": 2})
-    assert evolve.load(path, {"stage"}) == {"stage": 1} and list(tmp_path.iterdir()) == [path]
+        evolve.save(path, {"step": 2})
+    assert evolve.load(path, {"step"}) == {"step": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_ends_in_a_line_and_leaves_nothing_half_written(tmp_path, corpus):
@@ -1799,13 +1792,13 @@ def test_a_full_disk_ends_in_a_line_and_leaves_nothing_half_written(tmp_path, co
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
     done = finish(process, said)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "File too large" in done.stderr and "--resume" in done.stderr
+    assert "File too large" in done.stderr and "the same command goes on" in done.stderr
     left = {file.name for file in (tmp_path / "run").iterdir()}
     assert left == {"config.json", "tokenizer.tiktoken", "text.json", "log.txt"}
 
 
 @pytest.mark.parametrize("error, says", [
-    (torch.OutOfMemoryError("test"), ["out of memory", "--rows 32", "--resume"]),
+    (torch.OutOfMemoryError("test"), ["out of memory", "the same command with --rows 32 goes on"]),
     (FloatingPointError("diverged; lower --lr"), ["lower --lr", "another --out, or delete"])])
 def test_memory_or_training_that_fails_ends_in_a_line(tmp_path, corpus, monkeypatch, capsys, error,
                                                       says):
@@ -1815,11 +1808,11 @@ def test_memory_or_training_that_fails_ends_in_a_line(tmp_path, corpus, monkeypa
         raise error
 
     monkeypatch.setattr(evolve, "train", train)
-    lines = main(monkeypatch, capsys, "--preset", "smoke", "--device", "cpu", "--corpus", corpus,
-                 "--out", tmp_path / "run")
+    line = ["--preset", "smoke", "--device", "cpu", "--corpus", corpus, "--out", tmp_path / "run"]
+    lines = main(monkeypatch, capsys, *line)
     assert all(own in lines[-1] for own in says) and "Traceback" not in "".join(lines)
     assert not (tmp_path / "run" / "gpt.pt").exists()
-    assert prepared("--resume", tmp_path / "run", "--rows", "32")[0].rows == 32
+    assert prepared(*line, "--rows", "32")[0].rows == 32
 
 
 def test_two_processes_are_the_run_of_one(tmp_path, smoke):
@@ -1861,12 +1854,10 @@ def broken(tmp_path_factory, smoke):
         (folder / name / file).unlink()
     (folder / "garbled" / "tokenizer.tiktoken").write_text("IQ==")
     whole = (smoke[0] / "config.json").read_text()
-    for name, config in {"foreign": whole, "damaged": whole, "larger": whole, "begun": whole,
+    for name, config in {"foreign": whole, "damaged": whole, "begun": whole,
                          "torn": '{"seed": 0', "list": "[1, 2]", "older": '{"colour": 1}'}.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(config)
-    sizes = torch.load(smoke[0] / "gpt.pt", weights_only=True)["config"] | {"n_layer": 5}
-    torch.save({"config": sizes, "model": {}}, folder / "larger" / "gpt.pt")
     torch.save({"weights": torch.zeros(3)}, folder / "foreign" / "gpt.pt")
     (folder / "damaged" / "gpt.pt").write_bytes(b"PK torn")
     return folder
@@ -1874,7 +1865,7 @@ def broken(tmp_path_factory, smoke):
 
 @pytest.mark.parametrize("line, says", [
     *[(f"--{name} ", "needs a folder")
-      for name in ("show", "resume", "eval", "out", "base", "corpus", "methods")],
+      for name in ("show", "eval", "out", "base", "corpus", "methods")],
     *[(f"--{name} x", name)
       for name in ("task", "preset", "slots", "positions", "frames", "squash", "covariance",
                    "fitness", "pick", "evolve_at", "device", "methods", "unknown")],
@@ -1892,17 +1883,17 @@ def broken(tmp_path_factory, smoke):
     ("--corpus {}/empty.txt", "empty"), ("--corpus {}/binary.txt", "not"),
     ("--corpus {}/short.txt", "too short"), ("--corpus {}/digits.txt", "are words"),
     ("--corpus {}/nothing", "no .txt"), ("--eval {}/missing", "holds no run"),
-    ("--show {}/missing", "holds no run"), ("--resume {}/missing", "holds no run"),
-    ("--base {}/missing", "holds no run"), ("--show {}/begun", "not finished"),
-    ("--base {}/begun", "no gpt.pt"), ("--resume {}/older", "another version"),
+    ("--show {}/missing", "holds no run"), ("--base {}/missing", "holds no run"),
+    ("--show {}/begun", "no finished run"), ("--base {}/begun", "no gpt.pt"),
+    ("--eval {}/older", "another version"),
     ("--base {}/foreign", "of another version"), ("--base {}/damaged", "damaged"),
     ("--base {}/torn", "not a file of this program"),
-    ("--resume {}/list", "not a file of this program"),
-    ("--base {}/larger --n_layer 2", "has 5"), ("--base {}/wordless", "text.json"),
+    ("--eval {}/list", "not a file of this program"),
+    ("--base {}/whole --n_layer 2", "has 3"), ("--base {}/wordless", "text.json"),
     ("--base {}/garbled", "tokenizer.tiktoken: damaged"),
     ("--eval {}/whole --memory both", "another --memory"), ("--vector {}/whole", "--eval TARGET"),
-    ("--eval {}/whole --vector {}/nothing", "holds no run"),
-    ("--eval {}/whole --vector {}/begun", "not finished"),
+    ("--eval {}/whole --vector {}/nothing", "no finished run"),
+    ("--eval {}/whole --vector {}/begun", "no finished run"),
 ])
 def test_bad_input_ends_in_a_line_and_leaves_nothing(broken, tmp_path, monkeypatch, capsys, line,
                                                      says):

@@ -142,10 +142,10 @@ def ablated(scorer="bam", features="all", heads="apart"):
         """As namm.statistics, of these spectra."""
         return namm.statistics(totals, opened, memories, spectra)
 
-    def steps(_):
-        """Unit of the steps of each parameter, (n,)."""
+    def steps(memory):
+        """The unit of each parameter's steps, (n,)."""
         return scale(shapes)
-    parts = {"method": method, "scale": steps, "statistics": statistics}
+    parts = {"method": method, "steps": steps, "statistics": statistics}
     return type("Ablated", (evolve.Solution,), {name: staticmethod(f) for name, f in parts.items()})
 
 
@@ -179,16 +179,15 @@ def main(line):
         raise ValueError(f"--heads together: the GPT of {folder} has one KV head a layer")
     config.methods = config.methods or "namm,full"
     out.mkdir(parents=True, exist_ok=True)
-    plainer, cost = evolve.evolve(gpt, parts, config, print, None, lambda state: None,
-                                  ablated(**changed))
-    evolve.save(out / "namm.pt", vars(plainer) | {"cost": cost})
+    plainer = evolve.evolve(gpt, parts, config, print, None, lambda state: None, ablated(**changed))
+    evolve.save(out / "namm.pt", vars(plainer))
     rows = evolve.report(gpt, plainer, parts["report"], config)
     whole = evolve.report(gpt, solution, parts["report"], config)
     [(part, name)] = changed.items()
     print(f"\nNAMM with --{part} {name}:\n" + evolve.table(rows))
     print("NAMM as it is:\n" + evolve.table(whole))
     result = {"config": vars(config) | {"out": str(out)} | changed,
-              "evolution": cost, "report": rows}
+              "evolution": plainer.cost, "report": rows}
     evolve.save(out / "results.json", evolve.as_json(result))
 
 

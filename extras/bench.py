@@ -146,14 +146,15 @@ def bench_reading(gpt, solution, part, config):
 
 def bench_population(gpt, solution, part, config):
     """Candidates x prompts a second, on one prompt of 4 times the training length."""
+    batch = evolve.prompts(part, "multikey", 1, np.random.default_rng(0), 4 * config.length,
+                           config.device)
     for popsize in (1, config.popsize, 2 * config.popsize):
         noise = 0.1 * torch.randn(popsize, len(solution.params))
         some = dataclasses.replace(solution, params=solution.params + noise)
 
         def once():
             """One generation of one task."""
-            evolve.fitness(gpt, some, {"multikey": 1.0}, part, ["multikey"], lambda rng: [4], 1,
-                           np.random.default_rng(0), config)
+            evolve.fitness(gpt, some, {"multikey": 1.0}, [batch], config)
 
         took = median_seconds(once, config.device)
         print(f"{popsize} candidates x 1 prompt of {4 * config.length} tokens: "

@@ -385,21 +385,21 @@ def evolve_on(gpt, encoding, lines, config, length, folder):
     if (folder / "digest").exists() and (folder / "digest").read_text() != digest:
         raise ValueError(f"{folder} holds what was evolved on other lines, or with other settings; "
                          "give another folder")
-    kept = evolve.load(folder / "namm.pt", {"params", "mean", "std", "zero"})
+    kept = evolve.load_solution(folder, config)
     if kept:
-        return evolve.Solution(kept["params"], kept["mean"], kept["std"], kept["zero"])
+        return kept
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "digest").write_text(digest)
     state = evolve.load(folder / "progress.pt", {"next", "es"})
     tasks = {name: task(name) for name in names.values()}
     data.TASKS.update(tasks)
     try:
-        solution, cost = evolve.evolve(gpt, parts, config, tqdm.write, state, lambda state:
-                                       evolve.save(folder / "progress.pt", state))
+        solution = evolve.evolve(gpt, parts, config, tqdm.write, state, lambda state:
+                                 evolve.save(folder / "progress.pt", state))
     finally:
         for name in tasks:
             del data.TASKS[name]
-    evolve.save(folder / "namm.pt", vars(solution) | {"cost": cost})
+    evolve.save(folder / "namm.pt", vars(solution))
     (folder / "progress.pt").unlink()
     return solution
 

@@ -90,12 +90,12 @@ def kept_by_kind(gpt, solution, part, config):
         """(M,F) -> [F]."""
         return spectrum.mean(0).nan_to_num().tolist()
 
-    for layer, own in enumerate(fate):
+    for layer in range(config.n_layer):
         for head in range(config.n_kv_head):
             for kind, mask in kinds.items():
-                lives = own["lives"][:, head][mask]  # (M,) tokens of the kind
-                judged = own["score"][:, head][mask].isfinite()  # (M,)
-                spectrum = own["spectrum"][:, head][mask]  # (M,F)
+                lives = fate["lives"][layer, :, head][mask]  # (M,) tokens of the kind
+                judged = fate["score"][layer, :, head][mask].isfinite()  # (M,)
+                spectrum = fate["spectrum"][layer, :, head][mask]  # (M,F)
                 rows.append(dict(layer=layer, head=head, kind=kind, seed=config.seed,
                                  kept=lives.double().mean().item() if len(lives) else None,
                                  spectrum_kept=mean(spectrum[judged & lives]),

@@ -2,8 +2,6 @@
 
 import sys
 
-import torch
-
 import evolve
 
 
@@ -16,13 +14,11 @@ def open_run(folder, options=()):
 
 def open_with_encoding(folder, options=()):
     """As open_run, and the tokeniser: (config, gpt, solution, parts, encoding)."""
-    config, shown = evolve.parse(["--show", folder, *options])
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as evolve.main
-    encoding, parts, found = evolve.prepare(config, shown)
-    for line in evolve.notes(config, encoding, found["text"]):
+    config, task = evolve.parse(["--show", folder, *options])
+    encoding, parts, found = evolve.prepare(config, task)
+    for line in found["notes"]:
         print(line)
-    solution = evolve.solution_of(found["namm"])
-    return config, evolve.restored(found["gpt"], config.device), solution, parts, encoding
+    return config, found["gpt"], found["namm"], parts, encoding
 
 
 def run_and_options(line, usage):

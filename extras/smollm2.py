@@ -262,18 +262,18 @@ def main(line):
     if len(line) not in (2, 3):
         raise ValueError("usage: python -m extras.smollm2 FOLDER RUN [SEED]")
     folder, run = map(pathlib.Path, line[:2])
-    given = evolve.load(run / "namm.pt", {"params", "mean", "std", "zero"})
-    if not given:
-        raise ValueError(f"{run}: no finished run (no namm.pt)")
     config = dataclasses.replace(settings(folder), seed=int(line[2]) if len(line) > 2 else 0)
+    plain = dataclasses.replace(config, memory="block")
+    theirs = evolve.load_solution(run, plain)
+    if not theirs:
+        raise ValueError(f"{run}: no finished run (no namm.pt)")
     _, parts, made = evolve.prepare(config)
-    gpt = made["gpt"]["gpt"]
+    gpt = made["gpt"]
     in_bfloat16(gpt)
     folder.mkdir(parents=True, exist_ok=True)
     found = evolved(gpt, parts, config, folder)
-    theirs = evolve.solution_of(given)
-    plain = dataclasses.replace(config, memory="block")
-    own = evolve.feature_statistics(gpt, parts["evolve"], plain)
+    batches = evolve.evolve_prompts(parts["evolve"], config, 1, 8, config.evolve_at)
+    own = evolve.feature_statistics(gpt, batches, plain)
     found |= dict(zip(ZERO_SHOT, (theirs, evolve.Solution(theirs.params, *own))))
     rows = report(gpt, parts["report"], found, config, folder / "report.json")
     rows = with_leads(rows, config.seed)

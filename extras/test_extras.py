@@ -125,8 +125,9 @@ def test_nothing_replaced_is_namm(loud):
         assert all(torch.equal(a, b) for a, b in zip([*scores, *keep], [*others, *stay]))
     assert not all(own.all() for own in seen[5][1])  # something went
     for kind in (plain, ablations.ablated(features="values")):
-        mean, std = evolve.feature_statistics(gpt, parts["evolve"], config, kind)
-        usual = evolve.feature_statistics(gpt, parts["evolve"], config)
+        batches = evolve.evolve_prompts(parts["evolve"], config, 1, 8, [2])
+        mean, std = evolve.feature_statistics(gpt, batches, config, kind)
+        usual = evolve.feature_statistics(gpt, batches, config)
         assert (kind is plain) == (torch.equal(mean, usual[0]) and torch.equal(std, usual[1]))
     assert mean[16] == 0 and mean[:16].min() > 0  # sixteen values and a zero
 

@@ -834,12 +834,12 @@ def test_a_checkpoint_is_a_base(tmp_path, monkeypatch, capsys):
     again = json.loads((out / "eval" / "results.json").read_text())["report"]
     assert all(row["score"] == old["score"] and row["cache"] == old["cache"] for row, old in zip(
         again, [row for row in first["report"] if row["length"] == 128], strict=True))
-    assert command(monkeypatch, capsys, "--resume", out)[0] == 0
+    assert command(monkeypatch, capsys, *line)[0] == 0
 
     code, _, errors = command(monkeypatch, capsys, *line[2:], "--base", out, "--out", text)
     assert (code, len(errors)) == (2, 1) and "no gpt.pt" in errors[0]
     base.rename(tmp_path / "elsewhere")
-    for name in "show", "resume", "eval":
+    for name in "show", "eval":
         code, _, errors = command(monkeypatch, capsys, "--" + name, out)
         assert (code, len(errors)) == (2, 1) and f"{base}: no such file or folder" in errors[0]
 

@@ -444,7 +444,7 @@ def test_refusals(finished, monkeypatch, tmp_path):
              str(finished)]
     assert "26 parameters" in refused([*serve, "--vector", str(other)])
     assert "no namm.pt" in refused([*serve, "--vector", str(run)])
-    assert "holds no run" in refused([*serve, "--vector", str(tmp_path)])
+    assert "no namm.pt" in refused([*serve, "--vector", str(tmp_path)])
     assert "--eval TARGET" in refused(["evolve.py", "--device", "cpu", "--vector", str(finished)])
     assert not (tmp_path / "out").exists()
     small(monkeypatch, no_skill=1.0)
@@ -462,9 +462,9 @@ def test_eval_with_the_vector_of_another_run(finished, tmp_path):
     state = torch.load(run / "namm.pt", weights_only=True)
     state["params"], state["std"] = state["params"] + 1, state["std"] + 1
     torch.save(state, run / "namm.pt")
-    config, shown = evolve.parse(["--eval", str(target), "--vector", str(run), "--device", "cpu",
+    config, task = evolve.parse(["--eval", str(target), "--vector", str(run), "--device", "cpu",
                                   "--out", str(tmp_path / "out")])
-    found = evolve.prepare(config, shown)[2]
-    assert torch.equal(found["namm"]["params"], state["params"])
-    assert torch.equal(found["namm"]["std"], state["std"])
-    assert found["gpt"]["config"]["n_layer"] == config.n_layer
+    found = evolve.prepare(config, task)[2]
+    assert torch.equal(found["namm"].params, state["params"])
+    assert torch.equal(found["namm"].std, state["std"])
+    assert found["gpt"].config.n_layer == config.n_layer

@@ -31,7 +31,6 @@ from tqdm import tqdm
 import data
 import evolve
 import model
-import namm
 from extras import runs, smollm2, video, worlds
 from model import GPT, GPTConfig
 
@@ -189,7 +188,7 @@ class SmolLM2(Target):
 
     def __init__(self, config, parts, n_vocab, frames):
         made = evolve.prepare(smollm2.settings(config.out))
-        self.parts, self.gpt = made[1], made[2]["gpt"]["gpt"]
+        self.parts, self.gpt = made[1], made[2]["gpt"]
         smollm2.in_bfloat16(self.gpt)
 
     def prompts(self, part, rng, count, times):
@@ -210,11 +209,11 @@ def trained(target, how, folder, config):
     if how == "as_found":
         return target.gpt
     path, sizes = folder / "gpt.pt", GPTConfig(**target.sizes)
-    found = evolve.load(path, {"config", "model"}, config.device)
-    if found and GPTConfig(**found["config"]) != sizes:
+    gpt = evolve.load_gpt(path, config.device)
+    if gpt and gpt.config != sizes:
         raise ValueError(f"{path}: a GPT of other sizes; delete it, and one is trained again")
-    if found:
-        return evolve.restored(found, config.device)
+    if gpt:
+        return gpt
     seed = 1000 + config.seed  # another than the run's own GPT had
     torch.manual_seed(seed)
     gpt, share = GPT(sizes).to(config.device), RECALL * (how == "recall")
@@ -239,21 +238,11 @@ def asked(target, part, seed, count, times, config):
     return target.prompts(part, rng, count, times).each(lambda x: x.to(config.device))
 
 
-def own_statistics(gpt, target, config):
-    """Mean and standard deviation of the target's spectra over its full cache, (F,) each."""
-    memories = namm.MEMORIES[config.memory]
-    totals = torch.zeros(3, len(memories) * namm.F, dtype=torch.float64, device=config.device)
-    batch = asked(target, "evolve", [0], 24, max(config.evolve_at), config)
-    manage = namm.statistics(totals, config.frames == "opened", memories)
-    evolve.evaluate(gpt, batch, config, manage)
-    return namm.mean_std(totals.cpu())
-
-
 def evolved(gpt, target, statistics, folder, config):
     """A Solution that is evolved on the target itself, as evolve.evolve does, in fewer generations
     of fewer prompts; the folder's, if it has one."""
     generations, count = target.effort
-    path, scale = folder / "evolved.pt", namm.scale(namm.shapes(namm.N_AGE + len(statistics[0])))
+    path, scale = folder / "evolved.pt", evolve.Solution.steps(config.memory)
     if found := evolve.load(path, {"params"}):
         return evolve.Solution(found["params"], *statistics)
     es = evolve.CMAES(torch.zeros(len(scale)), config.sigma, config.popsize, 1000 + config.seed,
@@ -352,7 +341,7 @@ def what_is_kept(gpt, target, solution, folder, config):
         frames = times * target.length // video.PATCHES
         batch, _, kinds = video.clips(rng, count, frames, own=target.own, again=target.again)
         fate = evolve.watch(gpt, solution, batch.each(lambda x: x.to(config.device)), config)
-        lives = [own["lives"].cpu().numpy() for own in fate]  # (N,K,n) of each layer
+        lives = fate["lives"].cpu().numpy()  # (layers,N,K,n)
         if count == 1:
             title = f"What NAMM keeps of {frames} frames, in the last layer"
             drawn = kinds[0] != video.KINDS.index("comment")
@@ -445,7 +434,8 @@ def study(name, how, opened, frames, out):
     if full <= target.no_skill:
         raise ValueError(f"{folder}: this GPT has not learned its task, its full cache scores "
                          f"{full:.3f}; delete the folder, and give a run of another --seed")
-    statistics = own_statistics(gpt, target, config)
+    batch = asked(target, "evolve", [0], 24, max(config.evolve_at), config)
+    statistics = evolve.feature_statistics(gpt, [batch], config)
     solutions = {"namm_frozen": solution,
                  "namm_own_statistics": evolve.Solution(solution.params, *statistics),
                  "namm_evolved": evolved(gpt, target, statistics, folder, config)}
