@@ -63,7 +63,7 @@ def test_small_scorers_by_hand(scorer):
             want = hidden @ p[416:432] + p[432]
         torch.testing.assert_close(got[row, 0], want, atol=1e-4, rtol=1e-4)
     steps = {"linear": [1 / 5] * 26, "mlp": [1 / 5] * 416 + [1 / 4] * 17}[scorer]
-    assert ablations.ablated(scorer=scorer).scale(None).tolist() == pytest.approx(steps)
+    assert ablations.ablated(scorer=scorer).steps("block").tolist() == pytest.approx(steps)
 
 
 def test_without_the_mask_every_live_slot_is_seen():

@@ -839,8 +839,8 @@ def test_a_checkpoint_is_a_base(tmp_path, monkeypatch, capsys):
     code, _, errors = command(monkeypatch, capsys, *line[2:], "--base", out, "--out", text)
     assert (code, len(errors)) == (2, 1) and "no gpt.pt" in errors[0]
     base.rename(tmp_path / "elsewhere")
-    for name in "show", "eval":
-        code, _, errors = command(monkeypatch, capsys, "--" + name, out)
+    for gone in ["--show", out], ["--eval", out, "--report_at", "2"], line:
+        code, _, errors = command(monkeypatch, capsys, *gone)
         assert (code, len(errors)) == (2, 1) and f"{base}: no such file or folder" in errors[0]
 
 
