@@ -187,7 +187,7 @@ class SmolLM2(Target):
     changes, effort = {"evolve_at": (1,)}, (10, 6)
 
     def __init__(self, config, parts, n_vocab, frames):
-        made = evolve.prepare(smollm2.settings(config.out))
+        made = evolve.prepare(smollm2.settings(f"{config.out}/transfer"))  # no run is there
         self.parts, self.gpt = made[1], made[2]["gpt"]
         smollm2.in_bfloat16(self.gpt)
 
