@@ -169,10 +169,10 @@ def precision(device):
 
 @torch.no_grad()
 def answer_logits(gpt, batch, config, manage=None, copies=1):
-    """Read the contexts, then the questions with their true answers. B = copies x prompts rows, one
-    copy for each candidate of the manager; M answer tokens in all. Returns the row and the place
-    after the context of each, (M,), the logits there (M,V), the tokens asked for (M,), and the
-    share of the cache that was kept, (B,)."""
+    """Read the contexts, then the questions with their true answers: B = copies x prompts rows, one
+    copy for each candidate of the manager. Returns of the M answer tokens row and place after the
+    context, (M,) each, logits (M,V), the tokens themselves (M,); and the share of the cache that
+    was kept, (B,)."""
     n, tokens, answer = batch.context, batch.inputs(), batch.answer
     with precision(config.device):
         cache = gpt.new_cache(len(tokens), config.positions == "renumbered")
@@ -192,16 +192,15 @@ def answer_logits(gpt, batch, config, manage=None, copies=1):
 
 
 def evaluate(gpt, batch, config, manage=None, copies=1):
-    """Read the contexts with the cache managed, then ask. Rows B = copies x prompts. Returns four
-    (B,), means over a prompt's answers, or over heads:
+    """Read contexts with the cache managed, then ask: four (B,), means over a prompt's answers:
 
-      exact       1 for an answer whose every token is the arg-max: what greedy decoding would write
+      exact       1 if every token is the arg-max, so that greedy decoding would write the answer
       likelihood  of an answer's token: exp of the mean log-probability of its tokens
       logprob     that mean itself, natural logarithm
-      cache       share of the context's tokens that is cached when the question is asked
+      cache       share of the context's tokens that is cached when the questions come, of all heads
 
-    At most config.rows rows are read at once, or, without a manager, as many tokens as those have
-    at the training length."""
+    At most config.rows of the B = copies x prompts rows are read at once; without a manager as many
+    tokens as those have at the training length."""
     N, L = batch.tokens.shape
     at_once = max(1, config.rows // (copies if manage else max(1, L // config.length)))  # prompts
     if N > at_once:
@@ -277,19 +276,14 @@ def calibrate_threshold(gpt, solution, best, part, choose, config, log):
     has no reason to put zero anywhere; in the paper, which has none, evolution finds it. So we try,
     afterwards, the scores that 50, 40, 30, 20 and 10 % of the tokens of a full cache reach, and
     take the highest whose fitness is within 0.01 of the best."""
-    everything = manager(solution, config, capacity=0, threshold=-math.inf)
-    free = replace(config, capacity=0)
     scores, values, shortest = [], {}, config.length * min(config.evolve_at)
+    free = replace(config, capacity=0)
     for task in config.evolve_on.split(","):
-        rng, seen = np.random.default_rng([config.seed, 11]), []
+        rng = np.random.default_rng([config.seed, 11])
         batch = prompts(part, task, config.choose_prompts, rng, shortest, config.device)
-        whole = batch.tokens[:, :batch.context // config.delay * config.delay]
-        cache = gpt.new_cache(len(whole), config.positions == "renumbered")
-        with precision(config.device):
-            read(gpt, whole, cache, config.delay, everything,
-                 observe=lambda cache, scores, keep: seen.append(scores))
-        scores += [own.flatten() for own in seen[-1]]  # of each layer, after the last block
-    scores = torch.cat(scores).cpu()
+        score = watch(gpt, solution, batch, replace(free, threshold=-math.inf))["score"].cpu()
+        scores.append(score[~score.isnan()])  # NaN: after the last whole block
+    scores = torch.cat(scores)
     for share in (0.5, 0.4, 0.3, 0.2, 0.1):
         zero = float(np.quantile(scores, 1 - share))
         [value], kept = fitness(gpt, replace(solution, zero=zero), best, choose, free)
@@ -299,23 +293,20 @@ def calibrate_threshold(gpt, solution, best, part, choose, config, log):
     return max(good, default=0.0)
 
 
-def tasks_at(generation, config):
-    """The tasks of a generation: one more in each of config.stages equal stages."""
-    tasks, stage = config.evolve_on.split(","), config.stages * (generation - 1)
-    return tasks[:len(tasks) - config.stages + 1 + stage // config.generations]
-
-
-def lengths_at(generation, config):
-    """The lengths of a generation: first the shortest, which cost least; in the end all."""
-    stage = len(config.evolve_at) * (generation - 1) // config.generations
-    return config.evolve_at[:1 + stage]
+def curriculum(g, config):
+    """(tasks, lengths) of generation g: a task more in each of config.stages equal stages; first
+    the shortest prompts, which cost least, in the end all."""
+    tasks, lengths, last = config.evolve_on.split(","), config.evolve_at, config.generations
+    left_out = config.stages - 1 - config.stages * (g - 1) // last
+    return tasks[:len(tasks) - left_out], lengths[:1 + len(lengths) * (g - 1) // last]
 
 
 def generation(gpt, es, solution, best, part, config, g):
     """Candidates, their fitness on fresh prompts, and what CMA-ES makes of it; their numbers."""
     rng, batches = np.random.default_rng([config.seed, 2, g]), []
-    for task in tasks_at(g, config):
-        length = config.length * int(rng.choice(lengths_at(g, config)))
+    tasks, lengths = curriculum(g, config)
+    for task in tasks:
+        length = config.length * int(rng.choice(lengths))
         batches.append(prompts(part, task, config.prompts, rng, length, config.device))
     got, kept = fitness(gpt, solution(es.ask()), best, batches, config)
     es.tell(got)
@@ -325,7 +316,7 @@ def generation(gpt, es, solution, best, part, config, g):
 def cost_of(history, seconds, full, config):
     """What evolution took, and when its mean passed the full cache's fitness."""
     passed = [point["generation"] for point in history if point.get("mean", 0.0) > full]
-    tasks = sum(len(tasks_at(g + 1, config)) for g in range(config.generations))
+    tasks = sum(len(curriculum(g + 1, config)[0]) for g in range(config.generations))
     return {"generations": config.generations, "seconds": seconds,
             "fitness of the full cache": full,
             "passed the full cache at generation": min(passed, default=None),
@@ -424,8 +415,7 @@ def slots_of(share, n, config):
 
 
 def every_task(part, config, count, seed, length):
-    """One Batch of `count` prompts of each of config.tasks, one task after the other. seed:
-    [numbers]."""
+    """One Batch: `count` prompts of each of config.tasks, in turn. seed: [numbers]."""
     batches = [prompts(part, task, count, np.random.default_rng([*seed, t]), length, config.device)
                for t, task in enumerate(config.tasks.split(","))]
     return data.Batch(torch.cat([own.tokens for own in batches]),
@@ -591,12 +581,13 @@ def table(rows):
         lines += [f"\n{n} tokens\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for method in dict.fromkeys(row["method"] for row in rows if row["length"] == n):
             own = [row for row in rows if (row["method"], row["length"]) == (method, n)]
-            mean = {key: np.mean([row[key] for row in own]) for key in ("score", "cache", "lead")}
+            score, cache, lead = (np.mean([row[key] for row in own])
+                                  for key in ("score", "cache", "lead"))
             half = 1.96 * math.sqrt(sum(row["lead_se"] ** 2 for row in own)) / len(own)
-            scores = " | ".join(f"{row['score']:.2f}" for row in own)
-            ahead = "" if method == "namm" else f"{mean['lead']:+.3f} ± {half:.3f}"
-            lines.append(f"| {method} | {scores} | {mean['score']:.3f} | {mean['cache']:.2f} | "
-                         f"{ahead} |")
+            ahead = "" if method == "namm" else f"{lead:+.3f} ± {half:.3f}"
+            cells = [method, *(f"{row['score']:.2f}" for row in own), f"{score:.3f}",
+                     f"{cache:.2f}", ahead]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -727,8 +718,7 @@ def parse(line=None):
         brought = {name: own[name] for name in (SIZES if real else [*SIZES, "corpus", "length"])}
     for name in SIZES:
         if name in brought and given.get(name, brought[name]) != brought[name]:
-            raise ValueError(f"--{name} {given[name]}: the GPT has {brought[name]}; leave the "
-                             "option out")
+            raise ValueError(f"--{name} {given[name]}: the GPT has {brought[name]}")
     given = brought | given
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = given.pop("preset", "gpu" if device == "cuda" else "cpu")
@@ -754,19 +744,17 @@ def check(c):
         *((set(own) <= set(known) and len(set(own)) == len(own),
            f"{name}: one or more of {', '.join(known)}, each once")
           for name, own in (("evolve_on", evolved), ("tasks", c.tasks.split(",")))),
-        (1 <= c.stages <= min(len(evolved), c.generations),
-         f"stages: from 1 to --generations, and to the number of tasks evolved on, {len(evolved)}"),
+        (c.stages <= len(evolved), "stages must not be more than the tasks of --evolve_on"),
+        (c.stages <= c.generations, "stages must not be more than --generations"),
         (c.head_dim % 2 == 0, "head_dim must be even"),
         (c.n_head % c.n_kv_head == 0, "n_head must be a multiple of --n_kv_head"),
         (c.length % 4 == 0, "length must be a multiple of 4"),
         (c.batch_tokens >= c.length * int(os.environ.get("WORLD_SIZE", 1)),
          "batch_tokens must be --length or more, for each process"),
         (c.delay % namm.HOP == 0, f"delay must be a multiple of {namm.HOP}"),
-        (c.delay <= n, f"delay {c.delay}: the contexts to evolve on have {n} tokens, so nothing "
-         "would ever be evicted"),
+        (c.delay <= n, f"delay: nothing would ever be evicted from contexts of {n} tokens"),
         (not methods or {"namm", "full"} <= set(methods.split(",")) <= set(METHODS),
-         f"methods: namm and full, and any of namm_uncapped, ntk, random_vectors, "
-         f"{', '.join(namm.RULES)}; rules also with +pool or +lastlayer after the name"),
+         f"methods: namm and full, and any of {', '.join(METHODS[1:])}"),
         (c.eval or not c.vector, "vector: give --eval TARGET as well, the run whose GPT it serves"),
     ]:
         if not holds:
@@ -822,8 +810,7 @@ def load_settings(folder):
     if own is None:
         raise ValueError(f"{folder}: the folder holds no run (no config.json)")
     if foreign := own.keys() - vars(Config()):
-        raise ValueError(f"{folder}: a run of another version, with settings unknown here "
-                         f"({', '.join(sorted(foreign))})")
+        raise ValueError(f"{folder}: a run of another version, with {', '.join(sorted(foreign))}")
     return {name: tuple(x) if isinstance(x, list) else x for name, x in own.items()}
 
 
@@ -901,8 +888,8 @@ def prepare(config, task=None):
     texts, text = data.deal(data.documents(config.corpus or None), record)
     here, ranks = text["fingerprint"], home / "tokenizer.tiktoken"
     if own and not task and here != own["fingerprint"]:
-        raise ValueError(f"{out}: this run was begun on another text, or under another Python; go "
-                         "on with that, or report on this text with --eval")
+        raise ValueError(f"{out}: this run was begun on another text, or under another Python; "
+                         "--eval reports on this one")
     if real:
         encoding, notes = real["encoding"], [real["note"]]
     else:
@@ -977,11 +964,6 @@ def run(config, encoding, parts, found):
     save(out / "text.json", json.dumps(text))
     if text["trained on"]:  # else a real checkpoint, which stays where it is, with its tokeniser
         save(out / "tokenizer.tiktoken", data.ranks_file(encoding))
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
-                "numpy": np.__version__,
-                "device": torch.cuda.get_device_name() if config.device == "cuda" else cpu}
-    log(f"{json.dumps(vars(config))}\n{json.dumps(versions)}")
     for name, part in parts.items():
         log(f"{name:8s}{len(part.tokens):10,} tokens of text, {len(part.words):5,} words for keys")
     for line in found["notes"]:
@@ -997,6 +979,10 @@ def run(config, encoding, parts, found):
     if world()[0] > 0:  # the report is written by the first process
         return
     save(out / "namm.pt", vars(solution))
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if config.device == "cuda" else cpu
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
+                "numpy": np.__version__, "device": device}
     result = {"config": vars(config), "versions": versions, "evolution": solution.cost,
               "text": {name: text[name] for name in ("fingerprint", "trained on")},
               "report": report(gpt, solution, parts["report"], config)}
