@@ -246,9 +246,9 @@ def feature_statistics(gpt, batches, config, kind=Solution):
 
 
 def fitness(gpt, solution, best, batches, config):
-    """(P,) fitness of solution.params (P,n) or (n,), or (1,) of the full cache for solution None;
-    and the mean share of the cache kept. All candidates read the same batches, each of one task.
-    Fitness: the likelihood of the answers over `best`, {task: the full cache's at the training
+    """Fitness of the candidates solution.params (P,n) or (n,), or of the full cache for solution
+    None: (P,); and the mean share of the cache kept. All read the same batches, each of one task.
+    Fitness is the likelihood of an answer over `best` {task: the full cache's at the training
     length}, mean over the batches. It has no ties, as exact match has; and the paper's divisor
     (config.fitness "score"), the full cache's score on the same prompts, is near 0 where it is to
     be beaten. Candidates are dealt to the processes in turn; each process gets all the results."""
@@ -273,9 +273,9 @@ def fitness(gpt, solution, best, batches, config):
 
 def calibrate_threshold(gpt, solution, best, part, choose, config, log):
     """The score from which on tokens stay without a capacity. While a capacity decides, evolution
-    has no reason to put zero anywhere; in the paper, which has none, evolution finds it. So we try,
-    afterwards, the scores that 50, 40, 30, 20 and 10 % of the tokens of a full cache reach, and
-    take the highest whose fitness is within 0.01 of the best."""
+    has no reason to put zero anywhere; in the paper, which has none, evolution finds it. So we try
+    the scores that 50, 40, 30, 20 and 10 % of the tokens of a full cache reach, on the prompts to
+    choose by, and take the highest whose fitness is within 0.01 of the best."""
     scores, values, shortest = [], {}, config.length * min(config.evolve_at)
     free = replace(config, capacity=0)
     for task in config.evolve_on.split(","):
@@ -301,14 +301,14 @@ def curriculum(g, config):
     return tasks[:len(tasks) - left_out], lengths[:1 + len(lengths) * (g - 1) // last]
 
 
-def generation(gpt, es, solution, best, part, config, g):
+def generation(gpt, es, solution_of, best, part, config, g):
     """Candidates, their fitness on fresh prompts, and what CMA-ES makes of it; their numbers."""
     rng, batches = np.random.default_rng([config.seed, 2, g]), []
     tasks, lengths = curriculum(g, config)
     for task in tasks:
         length = config.length * int(rng.choice(lengths))
         batches.append(prompts(part, task, config.prompts, rng, length, config.device))
-    got, kept = fitness(gpt, solution(es.ask()), best, batches, config)
+    got, kept = fitness(gpt, solution_of(es.ask()), best, batches, config)
     es.tell(got)
     return {"candidates": got.mean().item(), "best": got.max().item(), "cache": kept}
 
@@ -324,15 +324,15 @@ def cost_of(history, seconds, full, config):
 
 
 def evolve(gpt, parts, config, log, state, keep, kind=Solution):
-    """Evolve the manager of the cache: a Solution. keep(state) is called after each generation;
-    from that state evolution goes on to the same bits. kind: Solution, or a subclass.
+    """Evolve the manager of the cache: a Solution, or of a subclass, `kind`. keep(state) is called
+    after each generation; from that state evolution goes on to the same bits.
 
     Fitness is noisy. So what is kept is an average of the means of the search distribution, mostly
     of the last ten; and of these averages the best on the prompts to choose by, which are never
     evolved on. (config.pick "last": the last mean, as in the paper.) Generation 0, all zeros, drops
     nothing of its own accord: only the capacity evicts."""
-    long = evolve_prompts(parts["evolve"], config, 1, 8, [max(config.evolve_at)])
-    mean, std = feature_statistics(gpt, long, config, kind)
+    longest = evolve_prompts(parts["evolve"], config, 1, 8, [max(config.evolve_at)])
+    mean, std = feature_statistics(gpt, longest, config, kind)
     best = {batch.tasks[0]: evaluate(gpt, batch, config)[1].mean().item()
             for batch in evolve_prompts(parts["evolve"], config, 5, 16, [1])}
     choose = evolve_prompts(parts["choose"], config, 3, config.choose_prompts, config.evolve_at)
@@ -340,8 +340,8 @@ def evolve(gpt, parts, config, log, state, keep, kind=Solution):
     es = CMAES(torch.zeros(len(scale)), config.sigma, config.popsize, config.seed,
                config.covariance == "diagonal")
 
-    def solution(params):
-        """Of parameters (4172,) or (P,4172) in units of their steps."""
+    def solution_of(params):
+        """A Solution, from parameters (4172,) or (P,4172) in units of their steps."""
         return kind((params * scale).float(), mean, std)
 
     full = fitness(gpt, None, best, choose, config)[0].item()
@@ -354,11 +354,11 @@ def evolve(gpt, parts, config, log, state, keep, kind=Solution):
                   disable=True if world()[0] else None):
         point = {"generation": g, "sigma": es.sigma}
         if g:
-            point |= generation(gpt, es, solution, best, parts["evolve"], config, g)
+            point |= generation(gpt, es, solution_of, best, parts["evolve"], config, g)
             state["average"] = state["average"] + (es.mean - state["average"]) / min(g, 10)
         if g % config.validate == 0 or g == last:
             chosen = es.mean if config.pick == "last" else state["average"]
-            [value], kept = fitness(gpt, solution(chosen), best, choose, config)
+            [value], kept = fitness(gpt, solution_of(chosen), best, choose, config)
             point |= {"mean": value.item(), "its cache": kept}
             if g and (value > state["highest"] or config.pick == "last"):
                 state |= {"highest": value.item(), "chosen": chosen}
@@ -367,7 +367,7 @@ def evolve(gpt, parts, config, log, state, keep, kind=Solution):
         log(f"{g:4d}/{last}{''.join(numbers)} | {state['seconds']:.0f} s")
         if es.diagonal or "mean" in point:  # a full covariance is 139 MB
             keep(state | {"next": g + 1, "es": es.state_dict()})
-    made = solution(state["chosen"])
+    made = solution_of(state["chosen"])
     made.cost = cost_of(state["history"], state["seconds"], full, config)
     if config.capacity:
         made.zero = calibrate_threshold(gpt, made, best, parts["choose"], choose, config, log)
@@ -384,7 +384,7 @@ RANDOM = 12  # vectors of "random_vectors"
 
 
 def random_vectors(solution, config):
-    """The solution with vectors that nobody evolved, (RANDOM,4172): CMA-ES's first distribution."""
+    """The solution with vectors that nobody evolved, (RANDOM,4172): CMA-ES's first candidates."""
     scale = solution.steps(config.memory)
     es = CMAES(torch.zeros(len(scale)), config.sigma, RANDOM, config.seed + 2 ** 32, diagonal=True)
     return replace(solution, params=(es.ask() * scale).float())
@@ -425,11 +425,10 @@ def every_task(part, config, count, seed, length):
 
 def report(gpt, solution, part, config):
     """Every method on every task and length: [{method, task, length, score, logprob, relative (to
-    the full cache, None where that has 0), cache, seed, lead, lead_se, seconds}].
-
-    All methods answer the same prompts; those that evict read them in the same blocks, the others
-    in one go. lead: NAMM's score minus the method's; lead_se: its standard error over prompts,
-    paired. For needle, depths: the score by where it was, in five equal parts of the context."""
+    the full cache, None where that has 0), cache, seed, lead, lead_se, seconds}]. All answer the
+    same prompts; those that evict read them in the same blocks, the others in one go. lead: NAMM's
+    score minus the method's; lead_se: its standard error over prompts, paired. For needle, depths:
+    the score by where it was, in fifths of the context."""
     rows, methods = [], config.methods.split(",") if config.methods else SHOWN
     methods = sorted(methods, key=lambda method: method != "namm")  # whose slots the rules get
     trained = getattr(gpt, "trained_length", None) or config.length  # a checkpoint's own, if known
@@ -592,7 +591,7 @@ def table(rows):
 
 
 # --- 5. Settings ---------------------------------------------------------------------------------
-#     What cannot be raises ValueError, here and in 6, with a line for the user.
+#     Here and in section 6 a ValueError is a line for the user.
 
 @dataclass
 class Config:
@@ -665,7 +664,7 @@ PRESETS = {
     "plain": dict(recall=0.0, steps=600, tasks="lm,dialog,log,code", evolve_on="dialog,log,code",
                   n_kv_head=2, memory="both", delay=64, prompts=2, generations=100, validate=20),
 }
-# from what on a number may be, and below what it must be, if not from 1 on
+# {setting: (the least, below what it must be)}; of other numbers 1 is the least
 RANGES = {"seed": (0, 2 ** 32), "recall": (0, 1), "capacity": (0, math.inf), "lr": (1e-9, math.inf),
           "sigma": (1e-9, math.inf), "threshold": (-math.inf, math.inf), "popsize": (4, math.inf),
           "length": (64, math.inf), "head_dim": (4, math.inf), "vocab_size": (267, math.inf)}
@@ -733,17 +732,18 @@ def check(c):
     for f in fields(c):
         low, high = RANGES.get(f.name, (1, math.inf))
         value = getattr(c, f.name)
-        for x in value if f.type is tuple else (value,):
+        for x in value if f.type is tuple else [value]:
             if f.type is not str and not low <= x < high:  # not NaN either
                 raise ValueError(f"--{f.name} must be {low} or more, and below {high}")
-    evolved, methods, known = c.evolve_on.split(","), c.methods, data.TASKS | data.COMING_BACK
-    n = c.length * min(c.evolve_at)
-    n -= data.question_tokens(n)
+    known = data.TASKS | data.COMING_BACK
+    evolved, asked = c.evolve_on.split(","), c.tasks.split(",")
+    shortest = c.length * min(c.evolve_at)
+    n = shortest - data.question_tokens(shortest)
     for holds, message in [
         (c.device == "cpu" or torch.cuda.is_available(), "device cuda: PyTorch finds no GPU"),
-        *((set(own) <= set(known) and len(set(own)) == len(own),
-           f"{name}: one or more of {', '.join(known)}, each once")
-          for name, own in (("evolve_on", evolved), ("tasks", c.tasks.split(",")))),
+        (set(evolved + asked) <= set(known), f"evolve_on, --tasks: any of {', '.join(known)}"),
+        (len(set(evolved)) == len(evolved), "evolve_on: each task once"),
+        (len(set(asked)) == len(asked), "tasks: each task once"),
         (c.stages <= len(evolved), "stages must not be more than the tasks of --evolve_on"),
         (c.stages <= c.generations, "stages must not be more than --generations"),
         (c.head_dim % 2 == 0, "head_dim must be even"),
@@ -753,7 +753,7 @@ def check(c):
          "batch_tokens must be --length or more, for each process"),
         (c.delay % namm.HOP == 0, f"delay must be a multiple of {namm.HOP}"),
         (c.delay <= n, f"delay: nothing would ever be evicted from contexts of {n} tokens"),
-        (not methods or {"namm", "full"} <= set(methods.split(",")) <= set(METHODS),
+        (not c.methods or {"namm", "full"} <= set(c.methods.split(",")) <= set(METHODS),
          f"methods: namm and full, and any of {', '.join(METHODS[1:])}"),
         (c.eval or not c.vector, "vector: give --eval TARGET as well, the run whose GPT it serves"),
     ]:
@@ -846,8 +846,8 @@ def checkpoint(base):
 
 
 def find(config, task):
-    """(folder of the GPT, a real checkpoint or None, the GPT or None, the Solution or None): what
-    is there before a run begins, or before a prompt of a task is shown."""
+    """What is there before a run begins, or before a prompt of a task is shown: (folder of the GPT,
+    a real checkpoint or None, the GPT or None, the Solution or None)."""
     homes = [Path(folder) for folder in (config.out, config.eval, config.base) if folder]
     out, made = homes[0], [home for home in homes if (home / "gpt.pt").exists()]
     if not task and (out / "config.json").exists():
@@ -857,7 +857,7 @@ def find(config, task):
         if differs:
             raise ValueError(f"{out} holds a run with other settings than {', '.join(differs)}; "
                              f"give another --out, or delete it; --eval {out} reports on it again")
-    home = (made or homes[1:] or homes)[0]
+    home = (made or homes[1:] or homes)[0]  # where the GPT is, or else should be
     real = None if made else checkpoint(config.base)
     gpt = real["gpt"].to(config.device) if real else load_gpt(home / "gpt.pt", config.device)
     if len(homes) > 1 and not gpt:
@@ -871,11 +871,11 @@ def find(config, task):
 
 def prepare(config, task=None):
     """(encoding, parts, what earlier runs left: {"gpt", "namm", "training", "evolution", each None
-    if it is not there; "text": for text.json; "notes": [line] for the user}). Writes nothing, and
-    looks at all that can be refused. task: of a prompt to show, None for a run.
+    if it is not there; "text": for text.json; "notes": [line] for the user}), for a run, or to show
+    a prompt of a task. Refuses all that can be refused; writes nothing.
 
-    GPT, tokeniser and words come from the folder itself, or that of --eval or --base. What decides
-    what a score means is saved with a run, so another text changes no word that is asked."""
+    GPT, tokeniser and words come from the run's own folder, or that of --eval or --base. They
+    decide what a score means: another text changes no word that is asked."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every number of slots
     out, names = Path(config.out), {"words", "split", "trained on", "fingerprint"}
     home, real, gpt, solution = find(config, task)
