@@ -516,7 +516,7 @@ def watch(gpt, solution, batch, config):
     def note(cache, scores, keep):
         """What is known of each slot that is judged, at its position in the text."""
         for l, layer in enumerate(cache):
-            row, head, slot = own = layer.alive.nonzero(as_tuple=True)
+            row, head, _ = own = layer.alive.nonzero(as_tuple=True)  # of each slot, (M,)
             at = l, row, head, layer.positions[own]
             fate["score"][at] = scores[l][own]
             fate["spectrum"][at] = layer.state["memory"][own][:, namm.HOP:namm.HOP + namm.F]
