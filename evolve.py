@@ -137,7 +137,7 @@ class CMAES:
 
 @dataclass
 class Solution:
-    """What evolution finds, and namm.pt holds. (A subclass may evolve something else.)"""
+    """What evolution finds, and namm.pt holds. (A subclass may have another method to evolve.)"""
     params: torch.Tensor  # (4172,), or (P,4172)
     mean: torch.Tensor  # (F,) of the spectra over the full cache: collected once, then frozen
     std: torch.Tensor  # (F,)
@@ -169,10 +169,9 @@ def precision(device):
 
 @torch.no_grad()
 def answer_logits(gpt, batch, config, manage=None, copies=1):
-    """Read the contexts, then the questions with their true answers: B = copies x prompts rows, one
-    copy for each candidate of the manager. Returns of the M answer tokens row and place after the
-    context, (M,) each, logits (M,V), the tokens themselves (M,); and the share of the cache that
-    was kept, (B,)."""
+    """Read the contexts, then the questions with their true answers, in B = copies x prompts rows:
+    one copy for each candidate of the manager. Of the M answer tokens: row, place after the context
+    (M,), logits there (M,V), and the token itself (M,); and the share of the cache kept, (B,)."""
     n, tokens, answer = batch.context, batch.inputs(), batch.answer
     with precision(config.device):
         cache = gpt.new_cache(len(tokens), config.positions == "renumbered")
@@ -202,7 +201,8 @@ def evaluate(gpt, batch, config, manage=None, copies=1):
     At most config.rows of the B = copies x prompts rows are read at once; without a manager as many
     tokens as those have at the training length."""
     N, L = batch.tokens.shape
-    at_once = max(1, config.rows // (copies if manage else max(1, L // config.length)))  # prompts
+    rows = copies if manage else max(1, L // config.length)  # as how many a prompt counts
+    at_once = max(1, config.rows // rows)  # prompts
     if N > at_once:
         done = []
         for some in torch.arange(N).split(at_once):
@@ -214,10 +214,13 @@ def evaluate(gpt, batch, config, manage=None, copies=1):
     wrong = (logits.argmax(-1) != target).float()
     B, A = len(kept), int(batch.answer.max()) + 1
     which = row * A + batch.answer[row % N, batch.context + at]  # (M,) answer of each token
-    size, wrong, logprob = (  # sums over the tokens of each answer, (B,A-1)
-        torch.zeros(B * A, device=x.device).index_add(0, which, x).view(B, A)[:, 1:]
-        for x in (torch.ones_like(wrong), wrong, logprob))
-    asked, logprob = (size > 0).float(), logprob / size.clamp(min=1)
+
+    def total(x):
+        """Sums over the tokens of each answer: (M,) -> (B,A-1)."""
+        return torch.zeros(B * A, device=x.device).index_add(0, which, x).view(B, A)[:, 1:]
+
+    size, wrong = total(torch.ones_like(wrong)), total(wrong)
+    asked, logprob = (size > 0).float(), total(logprob) / size.clamp(min=1)
     means = [(x * asked).sum(1) / asked.sum(1) for x in (wrong == 0, logprob.exp(), logprob)]
     return *means, kept
 
