@@ -1488,8 +1488,8 @@ def program(arguments, folder, last, end, environment):
 
 
 def start(*arguments, last=None, end=None, **environment):
-    """(the process, what reads its output and its errors, once) of evolve.py with these
-    arguments."""
+    """(the process, what reads its output and its errors, once) of evolve.py with these arguments
+    and environment variables."""
     folder = tempfile.mkdtemp()
 
     def said():
