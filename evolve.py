@@ -696,6 +696,7 @@ def options():
         parser.add_argument("--" + f.name, type=numbers if f.type is tuple else f.type,
                             choices=choices, metavar="VALUE",
                             help=comment.replace("%", "%%") + f" [{default}]")
+    parser.add_argument("--resume", help="go on with the run in this folder")
     parser.add_argument("--show", help="print what a finished run keeps of a prompt")
     parser.add_argument("--task", choices=data.TASKS | data.COMING_BACK, default="kv",
                         help="of the prompt to show")
@@ -708,12 +709,12 @@ def parse(line=None):
     for name, value in list(given.items()):
         if isinstance(value, str) and not value.strip():  # a shell variable that is not set
             raise ValueError(f"--{name} needs a folder, a file or a name, and got an empty text")
-        if name in ("corpus", "base", "eval", "vector", "show") and value != "smollm2":
+        if name in ("corpus", "base", "eval", "vector", "resume", "show") and value != "smollm2":
             given[name] = str(Path(value).resolve())  # the same from any working folder
-    task, shown = given.pop("task"), given.pop("show", None)
-    if folder := shown or given.get("eval"):
+    task, shown, resumed = (given.pop(name, None) for name in ("task", "show", "resume"))
+    if folder := shown or resumed or given.get("eval"):
         brought = load_settings(folder)
-        brought["out"] = shown or f"{folder}/eval"
+        brought["out"] = shown or resumed or f"{folder}/eval"
     elif base := given.get("base"):
         real = checkpoint(base)
         own = real["config"] if real else load_settings(base)

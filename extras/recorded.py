@@ -32,7 +32,6 @@ import data
 import evolve
 import model
 import namm
-from model import KVCache
 
 DELAY = 64  # tokens of a block
 SHARES = (0.5, 0.25)  # of the context, that a head may keep

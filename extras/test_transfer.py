@@ -239,8 +239,8 @@ def test_maze_by_hand():
 
 @pytest.mark.parametrize("kind", [worlds.Maze, worlds.Boat])
 def test_marks_that_come_back(kind):
-    """Half of the facts are asked for, each once or more, by their own mark; the script, which knows
-    all words, is paid for nearly all. Catches: a question with another fact's mark, a question that
+    """Half of the facts are asked for, each once or more, by their own mark; the script knows all
+    words and is paid for nearly all. Catches: a question with another fact's mark, a question that
     cannot be answered."""
     world = kind(np.random.default_rng(0), 16, 256, again=True)
     questions = world.fact.shape[1]
