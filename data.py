@@ -52,7 +52,8 @@ def documents(corpus=None):
         try:
             texts.append(file.read_text("utf-8"))
         except (UnicodeDecodeError, OSError) as error:
-            raise ValueError(f"--corpus {file}: not readable as UTF-8 text ({error})") from None
+            why = getattr(error, "strerror", "not UTF-8 text")
+            raise ValueError(f"--corpus {file}: {why}") from None
         if "\0" in texts[-1]:
             raise ValueError(f"--corpus {file}: binary, not text")
     if not any(text.strip() for text in texts):
@@ -188,6 +189,8 @@ class Part:
     def text(self, rng, n):
         """n consecutive tokens from anywhere, not all of them white space, (n,). Always takes one
         random number: so a prompt's words do not depend on the text around them."""
+        if n < 0:
+            raise ValueError("a task's lines are longer than its context; see `facts`")
         last = len(self.tokens) - n + 1
         start = int(rng.random() * last)
         while n and self.blank[self.tokens[start:start + n]].all():
@@ -242,19 +245,19 @@ def deal_words(frequency, spelled):
     return dealt
 
 
-def make_parts(texts, encoding, longest, words=None):
+def make_parts(texts, encoding, longest, words=None, used=tuple(SHARES)):
     """({part: Part}, words) from the parts of `deal`. words: those that a GPT was trained with, so
     that it is asked for answers that it knows; if None, they are dealt now. Raises ValueError when
-    a part is too short for prompts of `longest` tokens."""
+    one of the parts to be `used` is too short for prompts of `longest` tokens."""
     streams = {}
     for name, own in texts.items():
         rows = [encoding.encode_to_numpy(text + "\n", disallowed_special=()) for text in own]
         size = sum(map(len, rows))
-        if size < 2 * longest:
+        if name in used and size < 2 * longest:
             raise ValueError(f"the corpus is too short: its part to {name} has {size} tokens, and "
                              f"prompts of {longest} need {2 * longest}; give more text, or shorter "
-                             "prompts")
-        streams[name] = np.concatenate(rows).astype(np.int32)
+                             "prompts (--report_at, --evolve_at)")
+        streams[name] = np.concatenate(rows or [[]]).astype(np.int32)
     spelled = [b""] * encoding.n_vocab
     for token in encoding.token_byte_values():
         spelled[encoding.encode_single_token(token)] = token
@@ -504,7 +507,10 @@ def prompts(part, tasks, rng, length):
     tokens, answer = np.full((len(tasks), length), pad), np.zeros((len(tasks), length), dtype=int)
     for i, task in enumerate(tasks):
         make = (TASKS | COMING_BACK).get(task, task)
-        tokens[i, :n], asks = make(part, rng, n, room)
+        context, asks = make(part, rng, n, room)
+        if len(context) != n:
+            raise ValueError(f"task {make.__name__}: a context of {len(context)} tokens, not {n}")
+        tokens[i, :n] = context
         end = n
         for which, (question, reply) in enumerate(asks, 1):
             start, end = end, end + len(question) + len(reply)

@@ -198,10 +198,10 @@ def evaluate(gpt, batch, config, manage=None, copies=1):
       logprob     that mean itself, natural logarithm
       cache       share of the context's tokens that is cached when the questions come, of all heads
 
-    At most config.rows of the B = copies x prompts rows are read at once; without a manager as many
-    tokens as those have at the training length."""
+    At most config.rows of the B = copies x prompts rows are read at once; without a manager, as
+    many prompts as hold config.rows x config.length tokens."""
     N, L = batch.tokens.shape
-    rows = copies if manage else max(1, L // config.length)  # as how many a prompt counts
+    rows = copies if manage else max(1, L // config.length)  # that a prompt costs
     at_once = max(1, config.rows // rows)  # prompts
     if N > at_once:
         done = []
@@ -413,7 +413,8 @@ def managed(method, solution, slots, config):
 
 def slots_of(share, n, config):
     """Slots a head, in the mean, that the last eviction left of n tokens, from the share of them in
-    the cache. What came after the last whole block was never judged; without one, all n count."""
+    the cache. The unfinished last block was never judged, so its tokens are subtracted; a context
+    shorter than a block counts whole."""
     return share * n - (n % config.delay if n >= config.delay else 0)
 
 
@@ -599,7 +600,7 @@ def table(rows):
 @dataclass
 class Config:
     """Every setting. A comment is a setting's help; words with | are all that it can be."""
-    out: str = ""  # folder of the run; runs/PRESET if not given
+    out: str = ""  # folder of the run; if not given, runs/PRESET, or EVAL/eval
     base: str = ""  # a run: its GPT, tokeniser, words, length and text; or a checkpoint, or smollm2
     eval: str = ""  # a finished run to report on again: other lengths, texts, capacities
     vector: str = ""  # with --eval: the finished run whose vector manages that GPT's cache
@@ -625,20 +626,20 @@ class Config:
     delay: int = 32  # tokens between two evictions, a multiple of 16
     capacity: int = 28  # most slots a head, in the mean over heads and layers; 0: uncapped
     slots: str = "shared"  # shared|own: the best of all heads and layers stay, or of each head
-    threshold: float = 0.0  # what scores less goes; uncapped, counted from where zero was set
+    threshold: float = 0.0  # a lower score goes; uncapped, added to the calibrated threshold
     positions: str = "renumbered"  # renumbered|original: keys' place in the cache, or in the text
     # the manager
     frames: str = "opened"  # opened|closed: the newest queries count at once, or in whole frames
     squash: str = "asinh"  # asinh|none: of the normalised spectrum
-    memory: str = "block"  # block|both: of attention, about a block; or another of ten blocks, too
+    memory: str = "block"  # block|both: averages of attention, over a block; and over ten blocks
     # evolution
     evolve_on: str = "passage,kv,copy"  # tasks; all others in the report are new to the manager
     generations: int = 40  # generations
     stages: int = 1  # 1: all tasks from the start; more: one more task in each equal stage
     popsize: int = 16  # candidates in a generation
-    sigma: float = 0.6  # first step size, over the root of the number of a weight's inputs
-    covariance: str = "diagonal"  # diagonal|full: what is adapted of it
-    fitness: str = "likelihood"  # likelihood|score: of the answers; score: over the full cache's
+    sigma: float = 0.6  # first step size; a weight's is sigma / sqrt(number of its inputs)
+    covariance: str = "diagonal"  # diagonal|full: which entries of the matrix CMA-ES adapts
+    fitness: str = "likelihood"  # likelihood|score: of answers, relative to the full cache's
     prompts: int = 4  # fresh prompts a task in a generation, the same for all candidates
     evolve_at: tuple = (1, 2, 4)  # lengths to evolve at, in training lengths
     validate: int = 10  # generations between two validations
@@ -649,7 +650,7 @@ class Config:
     report_prompts: int = 8  # prompts for each task and length in the report
     far_prompts: int = 2  # the same beyond 4 times the training length
     report_at: tuple = (1, 4, 8, 16)  # lengths to report at, in training lengths
-    methods: str = ""  # only these, such as namm,full; if not given, all
+    methods: str = ""  # only these, such as namm,full; if not given, eight
     rows: int = 64  # rows (candidates x prompts) read at once
 
 
@@ -713,6 +714,8 @@ def parse(line=None):
             given[name] = str(Path(value).resolve())  # the same from any working folder
     task, shown, resumed = (given.pop(name, None) for name in ("task", "show", "resume"))
     if folder := shown or resumed or given.get("eval"):
+        if "preset" in given:
+            raise ValueError(f"--preset: the settings are those of {folder}; leave the option out")
         brought = load_settings(folder)
         brought["out"] = shown or resumed or f"{folder}/eval"
     elif base := given.get("base"):
@@ -738,14 +741,18 @@ def check(c):
         value = getattr(c, f.name)
         for x in value if f.type is tuple else [value]:
             if f.type is not str and not low <= x < high:  # not NaN either
-                raise ValueError(f"--{f.name} must be {low} or more, and below {high}")
+                below = f", and below {high}" * (high < math.inf)
+                raise ValueError(f"--{f.name} must be {low} or more{below}")
     known = data.TASKS | data.COMING_BACK
-    evolved, asked = c.evolve_on.split(","), c.tasks.split(",")
+    evolved, asked, methods = (text.split(",") for text in (c.evolve_on, c.tasks, c.methods))
+    for name, given, names in (("evolve_on", evolved, known), ("tasks", asked, known),
+                               ("methods", methods if c.methods else [], METHODS)):
+        for unknown in set(given) - set(names):
+            raise ValueError(f"--{name}: {unknown} is none of {', '.join(names)}")
     shortest = c.length * min(c.evolve_at)
     n = shortest - data.question_tokens(shortest)
     for holds, message in [
         (c.device == "cpu" or torch.cuda.is_available(), "device cuda: PyTorch finds no GPU"),
-        (set(evolved + asked) <= set(known), f"evolve_on, --tasks: any of {', '.join(known)}"),
         (len(set(evolved)) == len(evolved), "evolve_on: each task once"),
         (len(set(asked)) == len(asked), "tasks: each task once"),
         (c.stages <= len(evolved), "stages must not be more than the tasks of --evolve_on"),
@@ -757,8 +764,7 @@ def check(c):
          "batch_tokens must be --length or more, for each process"),
         (c.delay % namm.HOP == 0, f"delay must be a multiple of {namm.HOP}"),
         (c.delay <= n, f"delay: nothing would ever be evicted from contexts of {n} tokens"),
-        (not c.methods or {"namm", "full"} <= set(c.methods.split(",")) <= set(METHODS),
-         f"methods: namm and full, and any of {', '.join(METHODS[1:])}"),
+        (not c.methods or {"namm", "full"} <= set(methods), "methods must hold namm and full"),
         (c.eval or not c.vector, "vector: give --eval TARGET as well, the run whose GPT it serves"),
     ]:
         if not holds:
@@ -859,8 +865,9 @@ def find(config, task):
         differs = [f"{name} {value or '(none)'}" for name, value in vars(config).items()
                    if name not in FREE and old.get(name) != value]
         if differs:
+            again = f"; --eval {out} reports on it again" * (out / "namm.pt").exists()
             raise ValueError(f"{out} holds a run with other settings than {', '.join(differs)}; "
-                             f"give another --out, or delete it; --eval {out} reports on it again")
+                             f"give another --out, or delete it{again}")
     home = (made or homes[1:] or homes)[0]  # where the GPT is, or else should be
     real = None if made else checkpoint(config.base)
     gpt = real["gpt"].to(config.device) if real else load_gpt(home / "gpt.pt", config.device)
@@ -869,7 +876,8 @@ def find(config, task):
     folder = out if task else Path(config.vector or config.eval or out)
     solution = load_solution(folder, config)
     if (task or config.eval) and not solution:
-        raise ValueError(f"{folder}: the folder holds no finished run (no namm.pt)")
+        raise ValueError(f"{folder}: the folder holds no finished run (no namm.pt); --resume "
+                         f"{folder} goes on with one that was begun")
     return home, real, gpt, solution
 
 
@@ -901,7 +909,9 @@ def prepare(config, task=None):
         if gpt and gpt.config.vocab_size != encoding.n_vocab:
             raise ValueError(f"{ranks}: not the tokeniser of the GPT beside it")
     longest = config.length * max(*config.evolve_at, *config.report_at)
-    parts, text["words"] = data.make_parts(texts, encoding, longest, record and record["words"])
+    used = ["report"] if solution else texts
+    parts, text["words"] = data.make_parts(texts, encoding, longest, record and record["words"],
+                                           used)
     text["trained on"] = None if real else here
     if record:  # what was dealt once stays dealt
         text |= {"split": record["split"] | text["split"], "trained on": record["trained on"]}
@@ -1013,10 +1023,8 @@ def refuse(why):
     sys.exit(2)
 
 
-def main():
-    """The whole run; what the user can mend ends in one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to stop
-        stream.reconfigure(errors="replace")
+def work():
+    """All that a command asks for; what the user can mend ends in one line and exit code 2."""
     try:
         config, task = parse()
         if "WORLD_SIZE" in os.environ:  # torchrun --nproc-per-node=N evolve.py ...
@@ -1032,8 +1040,6 @@ def main():
         return show(example(found["gpt"], found["namm"], parts["report"], config, task))
     try:
         run(config, encoding, parts, found)
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from here")
     except FloatingPointError as error:
         refuse(f"{error}, with another --out, or delete {config.out}")
     except torch.OutOfMemoryError:
@@ -1041,6 +1047,16 @@ def main():
                "that is not enough, take another --out and a smaller --length")
     except OSError as error:
         refuse(f"{error}; once that is mended, the same command goes on")
+
+
+def main():
+    """Work until it is done, or Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to stop
+        stream.reconfigure(errors="replace")
+    try:
+        work()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from what was saved")
 
 
 if __name__ == "__main__":

@@ -289,5 +289,9 @@ def by_rule(rule, budget, pool=False, last=False):
             budgets = [max(1, budget * n - i - (n - 1 - i) * cache[0].seen) for i in range(n)]
         scores = [rule(layer, received, most)
                   for layer, received, most in zip(cache, attention, budgets)]
+        for layer, own in zip(cache, scores):
+            if own.shape != layer.alive.shape:
+                raise ValueError(f"{rule.__name__}: scores {tuple(own.shape)}, and the slots are "
+                                 f"{tuple(layer.alive.shape)}")
         return stays(cache, torch.cat(scores, dim=2), -torch.inf, budgets, pool)
     return manage

@@ -35,7 +35,10 @@ def markdown(title, head, lines):
 
 
 def command(name, main):
-    """Run main(command line). What the user can mend ends in one line and exit code 2."""
+    """Run main(command line); --help prints what the module says of itself. What the user can mend
+    ends in one line and exit code 2."""
+    if {"-h", "--help"} & set(sys.argv):
+        return print(sys.modules["__main__"].__doc__)
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:

@@ -160,7 +160,7 @@ def summary(paths):
 
 if __name__ == "__main__":
     try:
-        if len(sys.argv) < 2:
+        if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
             raise ValueError("give it the results.json of one run or more")
         print(summary(sys.argv[1:]))
     except (ValueError, OSError) as error:
