@@ -267,6 +267,7 @@ def evolved(gpt, target, statistics, folder, config):
             if value > highest:
                 highest, chosen = value, average
     params = (chosen * scale).float()
+    folder.mkdir(parents=True, exist_ok=True)
     evolve.save(path, {"params": params})
     return evolve.Solution(params, *statistics)
 

@@ -194,7 +194,7 @@ def picture(vectors, lives, kinds, title, across=14):
     step, lines = SIDE + 3, -(-frames // across)
     sheet = np.full((lines * step, across * step), 255, np.uint8)
     colours = {"background": "#888888", "sprite": "#1f77b4", "marker": "#ff7f0e",
-               "glyph": "#d62728", "comment": "#2ca02c"}
+               "glyph": "#d62728"}
     marks = []
     for frame in range(frames):
         down, right = frame // across * step, frame % across * step
