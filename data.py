@@ -156,6 +156,8 @@ def tokenizer(vocab_size, path, texts):
         try:
             lines = [line.split() for line in path.read_text("utf-8").splitlines()]
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+            if sorted(ranks.values()) != list(range(len(lines))):
+                raise ValueError
         except ValueError:
             raise ValueError(f"{path}: damaged, or not a file of this program; take that of the "
                              "run it belongs to") from None

@@ -287,7 +287,7 @@ def calibrate_threshold(gpt, solution, best, part, choose, config, log):
         score = watch(gpt, solution, batch, replace(free, threshold=-math.inf))["score"].cpu()
         scores.append(score[~score.isnan()])  # NaN: after the last whole block
     scores = torch.cat(scores)
-    for share in (0.5, 0.4, 0.3, 0.2, 0.1):
+    for share in (0.5, 0.4, 0.3, 0.2, 0.1) if len(scores) else ():  # all may be NaN
         zero = float(np.quantile(scores, 1 - share))
         [value], kept = fitness(gpt, replace(solution, zero=zero), best, choose, free)
         values[zero] = value.item()
@@ -765,6 +765,7 @@ def check(c):
         (c.delay % namm.HOP == 0, f"delay must be a multiple of {namm.HOP}"),
         (c.delay <= n, f"delay: nothing would ever be evicted from contexts of {n} tokens"),
         (not c.methods or {"namm", "full"} <= set(methods), "methods must hold namm and full"),
+        (len(set(methods)) == len(methods), "methods: each once"),
         (c.eval or not c.vector, "vector: give --eval TARGET as well, the run whose GPT it serves"),
     ]:
         if not holds:
@@ -808,6 +809,8 @@ def load(path, names, device="cpu"):
             state = torch.load(path, map_location=device, weights_only=True)
         if names <= state.keys():
             return state
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # torch.load raises many kinds
         why = f"damaged, or not a file of this program ({type(error).__name__})"
     mend = "its folder" if is_json else "it, and what it held is computed again"
@@ -819,8 +822,8 @@ def load_settings(folder):
     own = load(Path(folder) / "config.json", set())
     if own is None:
         raise ValueError(f"{folder}: the folder holds no run (no config.json)")
-    if foreign := own.keys() - vars(Config()):
-        raise ValueError(f"{folder}: a run of another version, with {', '.join(sorted(foreign))}")
+    if foreign := own.keys() ^ vars(Config()).keys():
+        raise ValueError(f"{folder}: a run of another version: {', '.join(sorted(foreign))}")
     return {name: tuple(x) if isinstance(x, list) else x for name, x in own.items()}
 
 
@@ -829,16 +832,22 @@ def load_gpt(path, device):
     found = load(path, {"config", "model"}, device)
     if not found:
         return None
-    gpt = GPT(GPTConfig(**found["config"])).to(device)
-    gpt.load_state_dict(found["model"])
+    try:
+        gpt = GPT(GPTConfig(**found["config"])).to(device)
+        gpt.load_state_dict(found["model"])
+    except (TypeError, RuntimeError):
+        raise ValueError(f"{path}: of another version; delete its folder") from None
     return gpt.eval()
 
 
 def load_solution(folder, config):
     """The Solution that a run found, None if it has not; it must be for the settings' NAMM."""
-    found = load(folder / "namm.pt", {"params", "mean", "std", "zero", "cost"})
+    names = {f.name for f in fields(Solution)}
+    found = load(folder / "namm.pt", names)
     if not found:
         return None
+    if found.keys() != names:
+        raise ValueError(f"{folder / 'namm.pt'}: of another version")
     count, needed = len(found["params"]), len(Solution.steps(config.memory))
     if count != needed:
         raise ValueError(f"{folder / 'namm.pt'}: {count} parameters, and NAMM with --memory "
@@ -851,7 +860,10 @@ def checkpoint(base):
     "encoding", "note": a line about it}; None when `base` is the folder of a run, or empty."""
     if not base or (Path(base) / "gpt.pt").exists():
         return None
-    from extras import pretrained
+    try:
+        from extras import pretrained
+    except ImportError:
+        raise ValueError(f"--base {base}: no gpt.pt, and no extras/ to read a checkpoint") from None
     return pretrained.as_base(base)
 
 
@@ -868,16 +880,19 @@ def find(config, task):
             again = f"; --eval {out} reports on it again" * (out / "namm.pt").exists()
             raise ValueError(f"{out} holds a run with other settings than {', '.join(differs)}; "
                              f"give another --out, or delete it{again}")
+    elif (out / "gpt.pt").exists() and not task:
+        raise ValueError(f"{out} holds a gpt.pt and no config.json: not a run of this version; "
+                         "give another --out")
     home = (made or homes[1:] or homes)[0]  # where the GPT is, or else should be
     real = None if made else checkpoint(config.base)
     gpt = real["gpt"].to(config.device) if real else load_gpt(home / "gpt.pt", config.device)
-    if len(homes) > 1 and not gpt:
-        raise ValueError(f"{home}: the folder has no gpt.pt")
     folder = out if task else Path(config.vector or config.eval or out)
     solution = load_solution(folder, config)
     if (task or config.eval) and not solution:
         raise ValueError(f"{folder}: the folder holds no finished run (no namm.pt); --resume "
                          f"{folder} goes on with one that was begun")
+    if (len(homes) > 1 or task) and not gpt:
+        raise ValueError(f"{home}: the folder has no gpt.pt")
     return home, real, gpt, solution
 
 
@@ -889,12 +904,16 @@ def prepare(config, task=None):
     GPT, tokeniser and words come from the run's own folder, or that of --eval or --base. They
     decide what a score means: another text changes no word that is asked."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every number of slots
-    out, names = Path(config.out), {"words", "split", "trained on", "fingerprint"}
+    out, names = Path(config.out), {"words", "split", "trained on", "fingerprint", "piece"}
     home, real, gpt, solution = find(config, task)
     own = load(out / "text.json", names)
     record = own or load(home / "text.json", names)
     if gpt and not real and not record:
         raise ValueError(f"{home}: a run of another version, without its words (no text.json)")
+    if record and not {*data.WORDS, "train", "functions"} <= record["words"].keys():
+        raise ValueError(f"{home}: a run of another version, with other words (text.json)")
+    if gpt and not real and not (home / "tokenizer.tiktoken").exists():
+        raise ValueError(f"{home}: the tokeniser of the GPT is gone (tokenizer.tiktoken)")
     if world()[0] == 0:
         print("reading the text", flush=True)  # which takes a few seconds
     texts, text = data.deal(data.documents(config.corpus or None), record)
@@ -919,8 +938,8 @@ def prepare(config, task=None):
         notes.append(f"another text ({here}) than the GPT was trained on ({text['trained on']}): "
                      "the same words, new documents; nothing that it was trained on is asked about")
     return encoding, parts, {"gpt": gpt, "namm": solution, "text": text, "notes": notes,
-                             "training": load(out / "training.pt", {"step"}),
-                             "evolution": load(out / "evolution.pt", {"next"})}
+                             "training": load(out / "training.pt", {"step", "muon"}),
+                             "evolution": load(out / "evolution.pt", {"next", "es"})}
 
 
 def open_log(out):
@@ -1034,12 +1053,12 @@ def work():
         encoding, parts, found = prepare(config, task)
     except (ValueError, OSError) as error:
         refuse(error)
-    if task:
+    try:
+        if not task:
+            return run(config, encoding, parts, found)
         for line in found["notes"]:
             print(line)
-        return show(example(found["gpt"], found["namm"], parts["report"], config, task))
-    try:
-        run(config, encoding, parts, found)
+        show(example(found["gpt"], found["namm"], parts["report"], config, task))
     except FloatingPointError as error:
         refuse(f"{error}, with another --out, or delete {config.out}")
     except torch.OutOfMemoryError:

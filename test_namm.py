@@ -1857,10 +1857,15 @@ def broken(tmp_path_factory, smoke):
     (folder / "digits.txt").write_text("\n".join(map(str, range(100_000))))
     (folder / "nothing").mkdir()
     shutil.copytree(smoke[0], folder / "whole")
-    for name, file in (("wordless", "text.json"), ("garbled", "tokenizer.tiktoken")):
+    for name, file in (("wordless", "text.json"), ("garbled", "tokenizer.tiktoken"),
+                       ("spelled", "tokenizer.tiktoken"), ("headless", "gpt.pt"),
+                       ("other", "text.json"), ("nameless", "config.json")):
         shutil.copytree(smoke[0], folder / name)
         (folder / name / file).unlink()
     (folder / "garbled" / "tokenizer.tiktoken").write_text("IQ==")
+    record = read_json(folder / "whole" / "text.json")
+    del record["words"]["functions"]
+    (folder / "other" / "text.json").write_text(json.dumps(record))
     whole = (smoke[0] / "config.json").read_text()
     for name, config in {"foreign": whole, "damaged": whole, "begun": whole,
                          "torn": '{"seed": 0', "list": "[1, 2]", "older": '{"colour": 1}'}.items():
@@ -1903,6 +1908,10 @@ def broken(tmp_path_factory, smoke):
     ("--eval {}/whole --vector {}/nothing", "no finished run"),
     ("--eval {}/whole --vector {}/begun", "no finished run"),
     ("--eval {}/whole --preset smoke", "leave the option out"),
+    ("--base {}/spelled", "tokeniser of the GPT is gone"), ("--base {}/other", "other words"),
+    ("--eval {}/headless", "no gpt.pt"), ("--methods namm,full,namm", "each once"),
+    ("--methods namm,full,loud", "loud is none of"), ("--tasks kv,owner", "owner is none of"),
+    ("--corpus {}/missing", "missing: No such file"), ("--out {}/nameless", "no config.json"),
 ])
 def test_bad_input_ends_in_a_line_and_leaves_nothing(broken, tmp_path, monkeypatch, capsys, line,
                                                      says):

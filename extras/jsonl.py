@@ -385,11 +385,13 @@ def evolve_on(gpt, encoding, lines, config, length, folder):
     if (folder / "digest").exists() and (folder / "digest").read_text() != digest:
         raise ValueError(f"{folder} holds what was evolved on other lines, or with other settings; "
                          "give another folder")
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds a run; give another folder")
     kept = evolve.load_solution(folder, config)
     if kept:
         return kept
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "digest").write_text(digest)
+    evolve.save(folder / "digest", digest)
     state = evolve.load(folder / "progress.pt", {"next", "es"})
     tasks = {name: task(name) for name in names.values()}
     data.TASKS.update(tasks)

@@ -158,6 +158,8 @@ def main(line):
     """Measure, print, and write RUN/probes.json."""
     folder, options = runs.run_and_options(line, "python -m extras.probes RUN [--OPTION VALUE ...]")
     config, gpt, solution, parts = runs.open_run(folder, options)
+    if config.tasks == "lm":
+        raise ValueError("--tasks: give one that asks for what was said")
     found = {}
     for probe in TABLES:
         rows = found[probe.__name__] = probe(gpt, solution, parts["report"], config)

@@ -468,6 +468,8 @@ def main(line):
     if run.endswith(".json"):
         files = [pathlib.Path(path) for path in (run, *targets)]
         rows = [row for file in files for row in json.loads(file.read_text("utf-8"))]
+        if not all(isinstance(row, dict) and "target" in row for row in rows):
+            raise ValueError(f"{run}: not a transfer.json of this command")
         return print(overview(rows), tables(rows), sep="\n")
     if frames:
         video.load_frames(frames)  # what is wrong with them is said before the work begins
