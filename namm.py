@@ -23,7 +23,7 @@ from torch.nn.functional import avg_pool1d, scaled_dot_product_attention
 
 N_FFT, HOP = 32, 16  # samples in a window, and from one window to the next
 F = N_FFT // 2 + 1  # 17 frequency bins
-MEMORY = 0.99 ** 512  # weight that a block leaves to all before it; the paper's blocks are of 512
+MEMORY = 0.99 ** 512  # what the old average counts after a block, 0.6 %; the paper's have 512
 MEMORIES = {"block": (MEMORY,), "both": (MEMORY, 0.9)}  # the second, slower, is not in the paper
 N_AGE = 8  # features of a token's age
 N_IN = N_AGE + F  # 25 features a token
@@ -211,9 +211,10 @@ def best(scores, count):
 
 def stays(cache, scores, threshold, budgets, shared=False):
     """(scores, keep), (B,K,S) of each layer, from all layers' scores (B,K,S). Each head keeps its
-    newest slot, and the best of those that score `threshold` or more: as many as its layer's entry
-    of `budgets` (0: any number), or, if `shared`, as many in the mean over all heads of all layers.
-    Among equals the newer stay, if shared those of upper layers. NaN is worst."""
+    newest slot, and the best of those that score `threshold` or more. budgets, a number for each
+    layer: at most so many a head; if `shared`, K times their sum for all heads and layers together;
+    all zero: no limit. Among equals the newer stay, if shared those of upper layers. NaN is worst.
+    """
     sizes, alive = slots_of_layers(cache), side_by_side(cache, "alive")
     rank = scores.masked_fill(scores.isnan() | ~alive, -torch.inf)
     rank[..., torch.tensor(sizes).cumsum(0) - 1] = torch.inf  # the newest of each layer
