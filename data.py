@@ -156,7 +156,7 @@ def tokenizer(vocab_size, path, texts):
         try:
             lines = [line.split() for line in path.read_text("utf-8").splitlines()]
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-            if sorted(ranks.values()) != list(range(len(lines))):
+            if not ranks or sorted(ranks.values()) != list(range(len(lines))):
                 raise ValueError
         except ValueError:
             raise ValueError(f"{path}: damaged, or not a file of this program; take that of the "

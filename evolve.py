@@ -711,7 +711,7 @@ def parse(line=None):
         if isinstance(value, str) and not value.strip():  # a shell variable that is not set
             raise ValueError(f"--{name} needs a folder, a file or a name, and got an empty text")
         if name in ("corpus", "base", "eval", "vector", "resume", "show") and value != "smollm2":
-            given[name] = str(Path(value).resolve())  # the same from any working folder
+            given[name] = os.path.realpath(value)  # the same from any working folder
     task, shown, resumed = (given.pop(name, None) for name in ("task", "show", "resume"))
     if folder := shown or resumed or given.get("eval"):
         if "preset" in given:
@@ -809,8 +809,8 @@ def load(path, names, device="cpu"):
             state = torch.load(path, map_location=device, weights_only=True)
         if names <= state.keys():
             return state
-    except (OSError, MemoryError):
-        raise
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # the file may be whole
+        raise OSError(f"{path}: not read ({error})") from None
     except Exception as error:  # torch.load raises many kinds
         why = f"damaged, or not a file of this program ({type(error).__name__})"
     mend = "its folder" if is_json else "it, and what it held is computed again"
@@ -847,7 +847,7 @@ def load_solution(folder, config):
     if not found:
         return None
     if found.keys() != names:
-        raise ValueError(f"{folder / 'namm.pt'}: of another version")
+        raise ValueError(f"{folder / 'namm.pt'}: of another version; delete its folder")
     count, needed = len(found["params"]), len(Solution.steps(config.memory))
     if count != needed:
         raise ValueError(f"{folder / 'namm.pt'}: {count} parameters, and NAMM with --memory "
@@ -867,22 +867,32 @@ def checkpoint(base):
     return pretrained.as_base(base)
 
 
+def compare(config):
+    """Refuse a folder that holds another run."""
+    out = Path(config.out)
+    if not (out / "config.json").exists():
+        if (out / "gpt.pt").exists() or (out / "namm.pt").exists():
+            raise ValueError(f"{out} holds a GPT or a NAMM and no config.json: not a run of this "
+                             "version; give another --out")
+        return
+    old = load_settings(out)
+    differs = [f"{name} {value or '(none)'}" for name, value in vars(config).items()
+               if name not in FREE and old[name] != value]
+    if differs:
+        again = f"; --eval {out} reports on it again" * (out / "namm.pt").exists()
+        raise ValueError(f"{out} holds a run with other settings than {', '.join(differs)}; give "
+                         f"another --out, or delete it{again}")
+
+
 def find(config, task):
     """What is there before a run begins, or before a prompt of a task is shown: (folder of the GPT,
     a real checkpoint or None, the GPT or None, the Solution or None)."""
     homes = [Path(folder) for folder in (config.out, config.eval, config.base) if folder]
     out, made = homes[0], [home for home in homes if (home / "gpt.pt").exists()]
-    if not task and (out / "config.json").exists():
-        old = load_settings(out)
-        differs = [f"{name} {value or '(none)'}" for name, value in vars(config).items()
-                   if name not in FREE and old.get(name) != value]
-        if differs:
-            again = f"; --eval {out} reports on it again" * (out / "namm.pt").exists()
-            raise ValueError(f"{out} holds a run with other settings than {', '.join(differs)}; "
-                             f"give another --out, or delete it{again}")
-    elif (out / "gpt.pt").exists() and not task:
-        raise ValueError(f"{out} holds a gpt.pt and no config.json: not a run of this version; "
-                         "give another --out")
+    if not task:
+        compare(config)
+    if config.vector:
+        load_settings(config.vector)  # a run, not the folder of an ablation
     home = (made or homes[1:] or homes)[0]  # where the GPT is, or else should be
     real = None if made else checkpoint(config.base)
     gpt = real["gpt"].to(config.device) if real else load_gpt(home / "gpt.pt", config.device)
@@ -987,12 +997,23 @@ def new_gpt(part, n_vocab, config, log, state, keep):
     return gpt.eval()
 
 
+def refuse(why):
+    """End with a line for the user and exit code 2; of several processes the first says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"evolve.py: {why}", file=sys.stderr)
+    sys.exit(2)
+
+
 def run(config, encoding, parts, found):
     """Train, evolve, report; the files go to the run's folder. What is there is not done again."""
     start, out, text = time.time(), Path(config.out), found["text"]
     gpt, solution = found["gpt"], found["namm"]
     out.mkdir(parents=True, exist_ok=True)
     log = open_log(out)
+    try:
+        compare(config)  # again: another run may have begun and ended meanwhile
+    except ValueError as error:
+        refuse(error)
     save(out / "config.json", json.dumps(vars(config), indent=1))
     save(out / "text.json", json.dumps(text))
     if text["trained on"]:  # else a real checkpoint, which stays where it is, with its tokeniser
@@ -1011,7 +1032,8 @@ def run(config, encoding, parts, found):
                           lambda state: save(out / "evolution.pt", state))
     if world()[0] > 0:  # the report is written by the first process
         return
-    save(out / "namm.pt", vars(solution))
+    if not (out / "namm.pt").exists():
+        save(out / "namm.pt", vars(solution))
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if config.device == "cuda" else cpu
     versions = {"python": platform.python_version(), "torch": str(torch.__version__),
@@ -1035,13 +1057,6 @@ def run(config, encoding, parts, found):
         log(f"{out / 'report.html'} shows it")
 
 
-def refuse(why):
-    """End with a line for the user and exit code 2; of several processes the first says it."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"evolve.py: {why}", file=sys.stderr)
-    sys.exit(2)
-
-
 def work():
     """All that a command asks for; what the user can mend ends in one line and exit code 2."""
     try:
@@ -1061,9 +1076,11 @@ def work():
         show(example(found["gpt"], found["namm"], parts["report"], config, task))
     except FloatingPointError as error:
         refuse(f"{error}, with another --out, or delete {config.out}")
-    except torch.OutOfMemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         refuse(f"out of memory; the same command with --rows {config.rows // 2 or 1} goes on; if "
                "that is not enough, take another --out and a smaller --length")
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except OSError as error:
         refuse(f"{error}; once that is mended, the same command goes on")
 

@@ -1709,6 +1709,18 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     evolve.open_log(tmp_path)
 
 
+def test_a_run_that_ended_meanwhile_is_left_alone(smoke, tmp_path, capsys):
+    """Two commands prepare for one folder; one ends before the other begins. Catches: a finished
+    run's vector replaced by that of other settings, beside its GPT."""
+    config, *ready = prepared(*smoke[1][:-2], "--seed", 5, "--out", tmp_path / "new")
+    shutil.copytree(smoke[0], tmp_path / "run")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")}
+    with pytest.raises(SystemExit) as stop:
+        evolve.run(dataclasses.replace(config, out=str(tmp_path / "run")), *ready)
+    assert stop.value.code == 2 and "other settings" in capsys.readouterr().err
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")}
+
+
 def test_of_several_processes_one_refuses(monkeypatch, capsys):
     """Catches: the same line from each process of torchrun."""
     for rank, lines in (("0", 1), ("1", 0)):
@@ -1863,6 +1875,8 @@ def broken(tmp_path_factory, smoke):
         shutil.copytree(smoke[0], folder / name)
         (folder / name / file).unlink()
     (folder / "garbled" / "tokenizer.tiktoken").write_text("IQ==")
+    (folder / "part").mkdir()
+    shutil.copy(smoke[0] / "namm.pt", folder / "part")
     record = read_json(folder / "whole" / "text.json")
     del record["words"]["functions"]
     (folder / "other" / "text.json").write_text(json.dumps(record))
@@ -1905,7 +1919,8 @@ def broken(tmp_path_factory, smoke):
     ("--base {}/whole --n_layer 2", "has 3"), ("--base {}/wordless", "text.json"),
     ("--base {}/garbled", "tokenizer.tiktoken: damaged"),
     ("--eval {}/whole --memory both", "another --memory"), ("--vector {}/whole", "--eval TARGET"),
-    ("--eval {}/whole --vector {}/nothing", "no finished run"),
+    ("--eval {}/whole --vector {}/nothing", "holds no run"),
+    ("--eval {}/whole --vector {}/part", "holds no run"), ("--out {}/part", "no config.json"),
     ("--eval {}/whole --vector {}/begun", "no finished run"),
     ("--eval {}/whole --preset smoke", "leave the option out"),
     ("--base {}/spelled", "tokeniser of the GPT is gone"), ("--base {}/other", "other words"),
