@@ -348,7 +348,7 @@ def evolve(gpt, parts, config, log, state, keep, kind=Solution):
         return kind((params * scale).float(), mean, std)
 
     full = fitness(gpt, None, best, choose, config)[0].item()
-    log(f"fitness: {config.fitness} over the full cache's, at the training length; `mean`: on the "
+    log(f"fitness: {config.fitness} over the full cache's; `mean`: on the "
         f"prompts to choose by, all lengths, where the full cache has {full:.3f}")
     state = state or {"next": 0, "es": es.state_dict(), "average": es.mean, "chosen": es.mean,
                       "seconds": 0.0, "highest": -math.inf, "history": []}
