@@ -444,7 +444,7 @@ def test_refusals(finished, monkeypatch, tmp_path):
              str(finished)]
     assert "26 parameters" in refused([*serve, "--vector", str(other)])
     assert "no namm.pt" in refused([*serve, "--vector", str(run)])
-    assert "no namm.pt" in refused([*serve, "--vector", str(tmp_path)])
+    assert "holds no run" in refused([*serve, "--vector", str(tmp_path)])
     assert "--eval TARGET" in refused(["evolve.py", "--device", "cpu", "--vector", str(finished)])
     assert not (tmp_path / "out").exists()
     small(monkeypatch, no_skill=1.0)
