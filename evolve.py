@@ -954,10 +954,11 @@ def prepare(config, task=None):
 
 
 def open_log(out):
-    """log(line), which adds a line to the run's log.txt and prints it, in the first process. The
-    file is locked as long as that is there."""
+    """log(line), which adds a line to the run's log.txt and prints it, in the first process. Makes
+    the folder; the file is locked as long as log is there."""
     if world()[0] > 0:
         return lambda line: None
+    out.mkdir(parents=True, exist_ok=True)
     file = open(out / "log.txt", "a", encoding="utf-8", buffering=1)
     try:
         if fcntl:
@@ -1009,7 +1010,6 @@ def run(config, encoding, parts, found):
     """Train, evolve, report; the files go to the run's folder. What is there is not done again."""
     start, out, text = time.time(), Path(config.out), found["text"]
     gpt, solution = found["gpt"], found["namm"]
-    out.mkdir(parents=True, exist_ok=True)
     log = open_log(out)
     try:
         compare(config)  # again: another run may have begun and ended meanwhile
