@@ -381,6 +381,15 @@ def small(monkeypatch, no_skill=-1.0):
     monkeypatch.setattr(transfer, "FEWER", 4)
 
 
+class Found(transfer.Video):
+    """A GPT that nobody trains, as SmolLM2 is one."""
+    name, how = "found", ("as_found",)
+
+    def __init__(self, config, parts, n_vocab, frames):
+        super().__init__(config, parts, n_vocab, frames)
+        self.gpt = model.GPT(model.GPTConfig(**self.sizes)).eval()
+
+
 def test_smoke(finished, monkeypatch, capsys, tmp_path):
     """All of it, as small as can be, but for control, which is a maze to the command; a second time
     nothing is trained or evolved, to the same rows. Catches: a target that cannot be served, rows
@@ -389,6 +398,7 @@ def test_smoke(finished, monkeypatch, capsys, tmp_path):
     monkeypatch.delitem(transfer.TARGETS, "control")
     for kind in transfer.TARGETS.values():
         monkeypatch.setattr(kind, "how", ("plain_once",))
+    monkeypatch.setitem(transfer.TARGETS, "found", Found)
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     np.save(tmp_path / "own.npy", np.random.default_rng(0).random((2, 9, 24, 24)))
@@ -396,7 +406,7 @@ def test_smoke(finished, monkeypatch, capsys, tmp_path):
     transfer.main(line)
     rows = json.loads((run / "transfer.json").read_text())
     named = {(row["target"], row["trained"]) for row in rows}
-    assert named == {(name, "plain_once") for name in transfer.TARGETS}
+    assert named == {(name, kind.how[0]) for name, kind in transfer.TARGETS.items()}
     for name, how in named:
         for slots in (6, 4):
             own = [row["method"] for row in rows if row["slots"] == slots
