@@ -409,6 +409,12 @@ def copy(part, rng, n, room):
 
 # Tasks in which facts come back, as in real text: what was looked up before is asked for again.
 
+def by_zipf(rng, count, size):
+    """Numbers below `count`, an array of this size, by Zipf's law: 0 often, the last rarely."""
+    odds = 1 / np.arange(1, count + 1)
+    return rng.choice(count, size, p=odds / odds.sum())
+
+
 def coming_back(part, rng, n, keys, tell, use):
     """A context of n tokens in which facts come back; [(key, value)] of those that do, and of the
     others. keys: the first of them are taken; tell, use: lines, see `Part.fill`. In the first two
@@ -419,9 +425,8 @@ def coming_back(part, rng, n, keys, tell, use):
     total = facts(early, size)
     pairs = list(zip(keys, part.answers(rng, total)))
     often = (total + 1) // 2  # so many come back
-    zipf = 1 / np.arange(1, often + 1)
     more = max(0, facts(n - early, size) - often)
-    uses = [*range(often), *rng.choice(often, more, p=zipf / zipf.sum())]
+    uses = [*range(often), *by_zipf(rng, often, more)]
     told = [part.fill(tell, *pairs[i]) for i in rng.permutation(total)]
     used = [part.fill(use, *pairs[i]) for i in rng.permutation(uses)]
     context = np.concatenate([weave(part, rng, told, early), weave(part, rng, used, n - early)])

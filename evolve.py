@@ -394,7 +394,7 @@ def random_vectors(solution, config):
     return replace(solution, params=(es.ask() * scale).float())
 
 
-def managed(method, solution, slots, config):
+def managed(method, solution, slots, config, rules=namm.RULES):
     """The manager of a method's name, None for a full cache. namm_uncapped: NAMM without the
     capacity it was evolved with. random_vectors: RANDOM of them at once. A rule keeps as many slots
     as `namm` kept in the mean: in each layer; or, with +pool, in the mean over layers; or, with
@@ -409,7 +409,7 @@ def managed(method, solution, slots, config):
         return manager(solution, config)
     name, _, how = method.partition("+")
     budget = max(1, math.ceil(slots - 1e-9))  # a mean of 40, if rounding puts it just above
-    return namm.by_rule(namm.RULES[name], budget, how == "pool", how == "lastlayer")
+    return namm.by_rule(rules[name], budget, how == "pool", how == "lastlayer")
 
 
 def slots_of(share, n, config):
@@ -428,7 +428,7 @@ def every_task(part, config, count, seed, length):
                       [task for own in batches for task in own.tasks])
 
 
-def report(gpt, solution, part, config):
+def report(gpt, solution, part, config, rules=namm.RULES):
     """Every method on every task and length: [{method, task, length, score, logprob, relative (to
     the full cache, None where that has 0), cache, seed, lead, lead_se, seconds}]. All answer the
     same prompts; those that evict read them in the same blocks, the others in one go. lead: NAMM's
@@ -445,7 +445,7 @@ def report(gpt, solution, part, config):
         for method in tqdm(methods, f"report at {length} tokens", mininterval=1, disable=None):
             began, copies = time.time(), RANDOM if method == "random_vectors" else 1
             used = gpt.scaled(max(1, length / trained)) if method == "ntk" else gpt
-            manage = managed(method, solution, slots, config)
+            manage = managed(method, solution, slots, config, rules)
             got = evaluate(used, batch, config, manage, copies)
             got = [x.cpu().view(copies, -1) for x in got]  # (copies,prompts) each
             own = task_rows(method, [x.mean(0) for x in got], batch, adds)

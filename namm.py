@@ -18,6 +18,8 @@ then all of the second), K key/value heads, T tokens of the last block, S slots 
 frequency bins.
 """
 
+from functools import lru_cache
+
 import torch
 from torch.nn.functional import avg_pool1d, scaled_dot_product_attention
 
@@ -72,10 +74,12 @@ def side_by_side(cache, name):
 
 # --- 1. Attention -> spectrogram (section 3.1) ---------------------------------------------------
 
-# the Fourier matrix times a periodic Hann window, (32,32): 17 cosines, then 15 sines, since of 17
-# the first and the last are zero
-ANGLES = torch.outer(torch.arange(F), torch.arange(N_FFT)) * (2 * torch.pi / N_FFT)  # (17,32)
-FOURIER = torch.cat([ANGLES.cos(), ANGLES[1:-1].sin()]) * torch.hann_window(N_FFT)
+@lru_cache  # sent to a device once
+def fourier(device):
+    """The Fourier matrix times a periodic Hann window, (32,32): 17 cosines, then 15 sines, since of
+    17 the first and the last are zero."""
+    angles = torch.outer(torch.arange(F), torch.arange(N_FFT)) * (2 * torch.pi / N_FFT)  # (17,32)
+    return (torch.cat([angles.cos(), angles[1:-1].sin()]) * torch.hann_window(N_FFT)).to(device)
 
 
 def spectrogram(samples):
@@ -83,7 +87,7 @@ def spectrogram(samples):
 
     samples (B,K,N,S): the attention that each slot received from N queries, a multiple of HOP.
     Returns n = N / HOP - 1 frames, (B,K,n,F,S), each of 32 queries, 16 of them also in the next."""
-    waves = FOURIER.to(samples.device) @ samples.unfold(2, N_FFT, HOP).mT  # (B,K,n,32,S)
+    waves = fourier(samples.device) @ samples.unfold(2, N_FFT, HOP).mT  # (B,K,n,32,S)
     cosines, sines = waves.square_().split([F, F - 2], dim=3)
     cosines[..., 1:-1, :] += sines
     return cosines.sqrt_()

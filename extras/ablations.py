@@ -152,8 +152,7 @@ def ablated(scorer="bam", features="all", heads="apart"):
 def parse(line):
     """(RUN, --out, {part: what replaces it}, options of evolve.py). Raises ValueError."""
     parser = argparse.ArgumentParser(prog="python -m extras.ablations", allow_abbrev=False,
-                                     description=__doc__, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     argument_default=argparse.SUPPRESS)
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--out", required=True, metavar="FOLDER")
     parser.add_argument("--scorer", choices=[name for name in SCORERS if name != "bam"])

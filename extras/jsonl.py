@@ -410,14 +410,12 @@ def evolve_on(gpt, encoding, lines, config, length, folder):
 
 def main(line):
     """Print every method's score on the lines of the files."""
-    parser = argparse.ArgumentParser(
-        prog="python -m extras.jsonl", allow_abbrev=False, epilog="and options of evolve.py",
-        description="A finished run on lines of LongBench and InfiniteBench.")
-    parser.add_argument("run", help="the folder of a finished run")
-    parser.add_argument("files", nargs="+", help="files with a prompt in each line")
-    parser.add_argument("--template", help=r"a prompt with {context} and {input}; \n ends a line")
-    parser.add_argument("--length", type=int, help="tokens before the answer, at most")
-    parser.add_argument("--evolve", metavar="FOLDER", help="evolve on some of the lines")
+    parser = argparse.ArgumentParser(prog="python -m extras.jsonl", allow_abbrev=False)
+    parser.add_argument("run")
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--template")
+    parser.add_argument("--length", type=int)
+    parser.add_argument("--evolve", metavar="FOLDER")
     given, options = parser.parse_known_args(line)
     template = given.template and given.template.replace(r"\n", "\n")
     lines = [one for file in given.files for one in read(file, template)]

@@ -46,12 +46,11 @@ def main(line):
     folder, options = runs.run_and_options(line, "python -m extras.rules RUN [--OPTION VALUE ...]")
     config, gpt, solution, parts = runs.open_run(folder, options)
     rules = {"random": random(config.seed), "l2": l2, "fastgen": fastgen}
-    namm.RULES.update(rules)
     methods = ["namm", "full"]
     for name in rules:
         methods += [name, name + "+pool", name + "+lastlayer"]
     config = dataclasses.replace(config, methods=",".join(methods))
-    print(evolve.table(evolve.report(gpt, solution, parts["report"], config)))
+    print(evolve.table(evolve.report(gpt, solution, parts["report"], config, rules)))
 
 
 if __name__ == "__main__":

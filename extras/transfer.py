@@ -181,7 +181,7 @@ class Boat(Episodes):
     world = worlds.Boat
 
 
-class SmolLM2(Target):
+class SmolLM2(Text):
     """SmolLM2-135M, and tasks in which facts come back, of 512 of its tokens: 448 to read."""
     name, length, how, settings = "smollm2", 512, ("as_found",), ((1, 224), (1, 112))
     changes, effort = {"evolve_at": (1,)}, (10, 6)
@@ -189,12 +189,8 @@ class SmolLM2(Target):
     def __init__(self, config, parts, n_vocab, frames):
         made = evolve.prepare(smollm2.settings(f"{config.out}/transfer"))  # no run is there
         self.parts, self.gpt = made[1], made[2]["gpt"]
+        self.tasks = self.evolve_on = smollm2.TASKS
         smollm2.in_bfloat16(self.gpt)
-
-    def prompts(self, part, rng, count, times):
-        """Of the tasks in turn."""
-        tasks = [smollm2.TASKS[i % len(smollm2.TASKS)] for i in range(count)]
-        return data.prompts(self.parts[part], tasks, rng, times * self.length)
 
 
 TARGETS = {"architecture": Text, "video": Video, "maze": Maze, "control": Boat,
@@ -448,8 +444,7 @@ def study(name, how, opened, frames, out):
 
 def parse(line):
     """(RUN or files, targets, frames) from the command line. Raises ValueError."""
-    parser = argparse.ArgumentParser(prog="python -m extras.transfer", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m extras.transfer")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("targets", nargs="*", metavar="TARGET")
     parser.add_argument("--frames", default="", metavar="FILE.npy")

@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 import torch
 
-from data import Batch
+from data import Batch, by_zipf
 
 SIDE, PATCH = 24, 8  # pixels
 PATCHES = (SIDE // PATCH) ** 2  # 9 tokens a frame
@@ -148,8 +148,7 @@ def commented(rng, early, *made):
     frames, done = made[3].shape[1] // PATCHES, []
     for tokens, answer, vectors, kinds in zip(*made):
         pairs = rng.permutation(tokens[len(kinds) + 1:].reshape(-1, 2))  # of marker and glyph
-        zipf = 1 / np.arange(1, len(pairs) + 1)
-        more = rng.choice(len(pairs), max(0, frames // 3 - len(pairs)), p=zipf / zipf.sum())
+        more = by_zipf(rng, len(pairs), max(0, frames // 3 - len(pairs)))
         told = pairs[rng.permutation([*range(len(pairs)), *more])]  # (comments,2)
         after = 1 + np.sort(rng.integers(min(early, frames - 1), frames, len(told)))  # frames
         at = PATCHES * after.repeat(2)

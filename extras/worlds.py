@@ -8,13 +8,13 @@ A step is one token: its number is the action before, its vector the return stil
 is seen. The next token's number, the action, is read from it. Facts are shown in the first half of
 an episode, in two steps: a mark, then its word, a picture of 16 pixels each. In the second half the
 mark is shown again, and only the word's own action earns the reward. Letters: N episodes, L steps,
-R facts in each, W pixels.
+R facts in each, Q questions, W pixels.
 """
 
 import numpy as np
 import torch
 
-from data import Batch
+from data import Batch, by_zipf
 from model import kept, read
 
 W = 16  # pixels of a mark, or of a word; as many of either
@@ -45,15 +45,13 @@ class World:
         cell = np.concatenate([draw(cells - 1, questions - 1), last], axis=1)
         self.asked = half + self.wide * (2 * cell + rng.integers(2, size=cell.shape))
         self.mark, self.word = draw(W, facts), draw(W, facts)
-        self.fact = np.arange(questions)[None].repeat(count, 0) % facts
+        self.fact = np.tile(np.arange(questions), (count, 1))
         if again:
             often = (facts + 1) // 2
-            zipf = 1 / np.arange(1, often + 1)
-            more = rng.choice(often, (count, questions - often), p=zipf / zipf.sum())
-            self.fact[:, often:] = more
+            self.fact[:, often:] = by_zipf(rng, often, (count, questions - often))
             self.fact = rng.permuted(self.fact, axis=1)
         self.pictures = np.zeros((count, steps, 2, W), np.float32)  # of marks, of words
-        # which fact a place asks for, and which fact's word it shows, -1 for none
+        # which question a place asks, and which fact's word it shows, -1 for none
         self.question, self.told = np.full((2, count, steps), -1)
         own = self.rows
         for fact in range(facts):
@@ -112,15 +110,15 @@ class Maze(World):
 
     def script(self):
         """The best actions, (N,)."""
-        place, fact = self.at.clip(max=self.steps - 1), self.asks()
-        return np.where(fact < 0, self.bend[self.rows, place], 3 + self.answer(fact))
+        place, question = self.at.clip(max=self.steps - 1), self.asks()
+        return np.where(question < 0, self.bend[self.rows, place], 3 + self.answer(question))
 
     def act(self, action):
         """Act (N,). Returns the reward, (N,)."""
-        fact, right = self.asks(), action == self.script()
-        reward = (fact >= 0) & right & (self.at < self.steps)
-        self.passed[self.rows[reward], fact[reward]] = True
-        self.at += right | (fact >= 0)
+        question, right = self.asks(), action == self.script()
+        reward = (question >= 0) & right & (self.at < self.steps)
+        self.passed[self.rows[reward], question[reward]] = True
+        self.at += right | (question >= 0)
         return reward.astype(float)
 
 
@@ -144,32 +142,32 @@ class Boat(World):
 
     def script(self):
         """The best actions, (N,): in the fog against the current, else back to the middle."""
-        fact = self.asks()
-        against = -self.currents[self.answer(fact)]
-        force = np.where(fact < 0, -0.8 * self.x - 1.2 * self.v, against)
+        question = self.asks()
+        against = -self.currents[self.answer(question)]
+        force = np.where(question < 0, -0.8 * self.x - 1.2 * self.v, against)
         return np.abs(force[:, None] - self.forces).argmin(1)
 
     def act(self, action):
         """Half a second under the force of action (N,). Returns the reward, (N,)."""
-        fact = self.asks()
+        question = self.asks()
         gust = 0.2 * self.noise[self.rows, self.at, SENSES - 1]
-        blows = np.where(fact < 0, gust, self.currents[self.answer(fact)])
+        blows = np.where(question < 0, gust, self.currents[self.answer(question)])
         self.v = np.clip(self.v + 0.5 * (self.forces[action] + blows), -2, 2)
         self.x = np.clip(self.x + 0.5 * self.v, -3, 3)
         self.at += 1
-        leaves = (fact >= 0) & (self.at == self.asked[self.rows, fact] + self.wide)
+        leaves = (question >= 0) & (self.at == self.asked[self.rows, question] + self.wide)
         reward = leaves & (np.abs(self.x) <= 1)
-        self.passed[self.rows[reward], fact[reward]] = True
+        self.passed[self.rows[reward], question[reward]] = True
         return reward.astype(float)
 
 
 # --- Episodes to learn from ----------------------------------------------------------------------
 
 def scripted(world, rng, skill, slips):
-    """What the script does: tokens (N,L+1), vectors (N,L+1,N_VECTOR), and the facts that are asked
-    for and told at each step, (N,L), -1 for none. In an episode of skill (N,) below 1 an asked
-    action is, as often, any that can be asked for: returns differ. A share `slips` of the others
-    is any, too."""
+    """What the script does: tokens (N,L+1), vectors (N,L+1,N_VECTOR), the question that is asked
+    and the fact that is told at each step, (N,L), -1 for none. In an episode of skill (N,) below 1
+    an asked action is, as often, any that can be asked for: returns differ. A share `slips` of the
+    others is any, too."""
     count, steps = len(world.at), world.steps
     tokens = np.full((count, steps + 1), world.actions)  # the first action has none before it
     vectors = np.zeros((count, steps + 1, N_VECTOR), np.float32)
@@ -196,12 +194,11 @@ def asked_actions(world):
     return np.abs(-world.currents[:, None] - world.forces).argmin(1)
 
 
-def episodes(kind, rng, count, steps, context, skilled=1.0, slips=0.0, share=0.0,
-             again=False):
+def episodes(kind, rng, count, steps, context, skilled=1.0, slips=0.0, share=0.0, again=False):
     """(Batch, words to recall (N,L), the world) of scripted episodes, a share `skilled` of them
     without a mistake where asked. The answers are the asked actions. Words to recall: at a `share`
     of the places of the context that show no mark, that of the newest fact, or of any shown by
-    then: what was shown at the end of a block must draw attention at once."""
+    then: what was shown at the end of a block must draw attention at once. again: see World."""
     world, actions = kind(rng, count, steps, again), asked_actions(kind)
     skill = np.where(rng.random(count) < skilled, 1.0, 0.5)
     tokens, vectors, asked, told = scripted(world, rng, skill, slips)
@@ -231,9 +228,9 @@ def earned(world, policy):
 def roll_out(gpt, world, delay, manage=None, renumber=True):
     """Act in a world by a GPT, whose cache is managed while it acts. Returns the actions (N,L), the
     rewards summed (N,), and the share of the steps that is in the cache at the end (N,)."""
-    count, facts = world.passed.shape
+    count, questions = world.passed.shape
     cache, begun, actions = gpt.new_cache(count, renumber), None, []
-    to_come, action = np.full(count, float(facts)), np.full(count, world.actions)
+    to_come, action = np.full(count, float(questions)), np.full(count, world.actions)
     for _ in range(world.steps):
         seen = np.concatenate([action[:, None], world.look(to_come)], axis=1, dtype=np.float32)
         token = torch.from_numpy(seen)[:, None].to(gpt.tok_embeddings.weight.device)  # (N,1,1+V)
